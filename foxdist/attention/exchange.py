@@ -1,0 +1,85 @@
+"""Pages of a plan on the move: packing kept blocks, posting a stage, unpacking, and the transpose for gradients.
+
+A page in flight is one row of 32-bit words: K, V and the gate sums of its query heads, so that one message a pair
+carries everything. Decides nothing about what to send and computes no attention.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from foxdist.attention.pages import Pages, own_table
+from foxdist.attention.plan import Plan
+from foxdist.attention.transport import ContextParallel, Swap
+from foxdist.layout import blocks_of
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One stage of a plan as one rank sees it; `lent` and `borrowed` are in message order, peer after peer."""
+
+    sends: list[int]
+    """Pages handed to each rank."""
+    receives: list[int]
+    """Pages that come from each rank."""
+    lent: torch.Tensor
+    """[M] int64: rows of this rank's own pool that travel."""
+    table: torch.Tensor
+    """[B, K, N] int32: the row of the arriving pool that holds a block, or -1."""
+
+
+def make_route(plan: Plan, rank: int, distances: tuple[int, ...], device: torch.device) -> Route:
+    """The route of `rank` in the stage of `plan` that covers `distances`."""
+    size, (rows, heads) = plan.size, plan.need.shape[:2]
+    nothing = np.empty((0, 3), np.int64)
+    lent = [plan.pages(rank, p) if (p - rank) % size in distances else nothing for p in range(size)]
+    borrowed = [plan.pages(p, rank) if (rank - p) % size in distances else nothing for p in range(size)]
+
+    own = own_table(rows, heads, blocks_of(rank, size, plan.blocks, plan.layout), plan.blocks).numpy()
+    table = np.full((rows, heads, plan.blocks), -1, np.int32)
+    arriving = np.concatenate(borrowed)
+    table[tuple(arriving.T)] = np.arange(len(arriving))
+    return Route(
+        sends=[len(x) for x in lent],
+        receives=[len(x) for x in borrowed],
+        lent=torch.from_numpy(own[tuple(np.concatenate(lent).T)].astype(np.int64)).to(device),
+        table=torch.from_numpy(table).to(device),
+    )
+
+
+def lend(cp: ContextParallel, route: Route, pool: Pages) -> Swap:
+    """Posts the pages of `pool` that the route lends; `borrow` takes what arrives in exchange."""
+    return Swap(cp, _words([x[route.lent] for x in pool]), route.sends, route.receives)
+
+
+def borrow(swap: Swap, pool: Pages) -> Pages:
+    """Waits for a `lend` and returns the borrowed pages, of the same kind as `pool`."""
+    return _pages(swap.wait(), pool)
+
+
+def give_back(cp: ContextParallel, route: Route, grads: Pages) -> Swap:
+    """Posts the gradients of all borrowed pages on the route transposed; `take_back` adds what arrives."""
+    return Swap(cp, _words(list(grads)), route.receives, route.sends)
+
+
+def take_back(swap: Swap, route: Route, grads: Pages) -> None:
+    """Waits for a `give_back` and adds the gradients of lent pages to `grads`, in rank order: the same bits every run."""
+    arriving = _pages(swap.wait(), grads)
+    lent = route.lent.split(route.sends)
+    for total, parts in zip(grads, arriving):
+        for rows, part in zip(lent, parts.split(route.sends)):
+            total.index_add_(0, rows, part)  # a page appears once in a message, so no two adds meet
+
+
+def _words(parts: list[torch.Tensor]) -> torch.Tensor:
+    """[M, W] int32 from tensors [M, ...]: each row holds the bits of one page."""
+    return torch.cat([x.flatten(1).view(torch.int32) for x in parts], 1)
+
+
+def _pages(words: torch.Tensor, like: Pages) -> Pages:
+    """The pages whose bits `words` [M, W] holds, with the shapes and dtypes of `like`."""
+    widths = [x.shape[1:].numel() * x.element_size() // 4 for x in like]
+    parts = words.split(widths, 1)
+    k, v, c_in = (w.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for w, x in zip(parts, like))
+    return Pages(k, v, c_in)

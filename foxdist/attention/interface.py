@@ -1,0 +1,91 @@
+"""The public attention function: checks its arguments, chooses the tile implementation, calls the autograd function."""
+
+import torch
+
+from foxdist.attention.acp import Acp
+from foxdist.attention.ring import Call, RingAttention
+from foxdist.attention.stats import AttentionStats
+from foxdist.attention.transport import ContextParallel
+from foxdist.layout import BLOCK, chunk_count
+
+BACKENDS = ("auto", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forgetting_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_f: torch.Tensor,
+    *,
+    scale: float | None = None,
+    acp: Acp | None = None,
+    cp: ContextParallel | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, AttentionStats]:
+    """FoX attention (see `naive_forgetting_attention`), pruned by `acp` and spread over the ranks of `cp`.
+
+    q: [B, T, H, D]. k, v: [B, T, K, D], H a multiple of K; float32, bfloat16 or float16, all alike. log_f: [B, T, H]
+    float32, finite and <= 0; RESET (-200) at a document's first token cuts it off from what stands before. With `cp`,
+    T is this rank's part in layout order, and a whole number of blocks for each of its chunks.
+
+    scale: factor of q.k. Default: D ** -0.5.
+    acp: what may be pruned. Default: None, nothing.
+    cp: the ranks that share the sequence; every one of them must call. Default: None, this process holds all of it.
+    backend: "torch" (any device), or "auto" for the fastest that applies. Default: "auto".
+    return_stats: also return what was kept and sent. Default: False.
+
+    Returns out [B, T, H, D] in q's dtype, differentiable in q, k, v and log_f, and `AttentionStats` if asked for.
+    Raises `ValueError` naming the argument. The values of log_f are checked on CPU only: on a GPU that would wait for
+    the device.
+    """
+    _check(q, k, v, log_f, cp)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: unknown; must be one of {', '.join(BACKENDS)}; use 'auto'")
+    if acp is not None and isinstance(acp.logit_bound, torch.Tensor) and acp.logit_bound.shape != q.shape[2:3]:
+        raise ValueError(
+            f"acp.logit_bound: shape {list(acp.logit_bound.shape)}; must be [{q.shape[2]}], one for each query head; "
+            "pass a number for all heads"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, stats = RingAttention.apply(q, k, v, log_f, Call(scale, acp, cp, "torch"))
+    return (out, stats) if return_stats else out
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None
+) -> None:
+    if q.ndim != 4 or q.shape[1] == 0:
+        raise ValueError(f"q: shape {list(q.shape)}; must be [B, T, H, D] with T >= 1; add the missing dimensions")
+    B, T, H, D = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 4 or x.shape[:2] != q.shape[:2] or x.shape[3] != D:
+            raise ValueError(
+                f"{name}: shape {list(x.shape)}; must be [{B}, {T}, K, {D}] to go with q; pass the same tokens' {name}"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name}: {x.dtype} on {x.device}; must be {q.dtype} on {q.device} like q; convert or move it"
+            )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: {q.dtype}; must be one of {', '.join(map(str, DTYPES))}; convert q, k and v")
+    if k.shape[2] != v.shape[2] or H % k.shape[2]:
+        raise ValueError(
+            f"q, k, v: {H}, {k.shape[2]} and {v.shape[2]} heads; k and v must have the same number, and q a multiple "
+            "of it; change the projections"
+        )
+    if log_f.shape != (B, T, H) or log_f.dtype != torch.float32 or log_f.device != q.device:
+        raise ValueError(
+            f"log_f: {log_f.dtype} {list(log_f.shape)} on {log_f.device}; must be torch.float32 [{B}, {T}, {H}] on "
+            f"{q.device}; compute the log of the gate in float32, one for each query head"
+        )
+    if not log_f.is_cuda and not bool(((log_f <= 0) & log_f.isfinite()).all()):
+        raise ValueError("log_f: holds values that are positive or not finite; must be <= 0; use logsigmoid")
+    if cp is not None:
+        own = chunk_count(cp.size, cp.layout) // cp.size
+        if T % (own * BLOCK):
+            raise ValueError(
+                f"q: {T} tokens on each of {cp.size} ranks; must be a multiple of {own * BLOCK} ({own} chunks of whole "
+                f"{BLOCK}-token blocks, layout={cp.layout!r}); pad the sequence"
+            )

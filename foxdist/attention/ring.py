@@ -1,0 +1,213 @@
+"""Forgetting attention over the ranks of a group: the one autograd function, its forward and its backward.
+
+Forward, on every rank:
+
+    gate sums of own blocks --all-gather--> bases, start -> plan of all ranks (equal everywhere)
+    post the first stage's pages
+    attention over own blocks                             | the pages travel meanwhile
+    for each stage: take its pages, post the next stage's, attention over them, merge by lse
+
+Backward walks the same stages: it borrows the pages again (so that memory never exceeds two stages'), computes their
+gradients, and sends those home on the transposed route, where they are added in float32 in a fixed order. The gate's
+gradient is a suffix sum over the sequence: per-block sums are gathered, as in the forward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from foxdist.attention import gates
+from foxdist.attention.acp import Acp, largest_norms, measured_bound, start_blocks
+from foxdist.attention.exchange import Route, borrow, give_back, lend, make_route, take_back
+from foxdist.attention.merge import merge
+from foxdist.attention.pages import Pages, own_table
+from foxdist.attention.plan import Plan, causal_counts, make_plan
+from foxdist.attention.replay import remember
+from foxdist.attention.stats import AttentionStats
+from foxdist.attention.tiles import Queries, tiles_backward, tiles_forward
+from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
+from foxdist.layout import BLOCK, blocks_of, chunk_count, unshard
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The options of one call, after checking."""
+
+    scale: float
+    acp: Acp | None
+    cp: ContextParallel | None
+    backend: str
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """All that backward needs besides q, k and v, and what activation checkpointing keeps."""
+
+    out: torch.Tensor  # [B, T, H, D] in q's dtype
+    lse: torch.Tensor  # [B, H, n, BLOCK] float32, natural log
+    c_in: torch.Tensor  # [B, H, n, BLOCK] float32
+    base: torch.Tensor  # [B, H, N + 1] float64
+    routes: tuple[Route, ...]
+    stats: AttentionStats
+
+
+class RingAttention(torch.autograd.Function):
+    """(q, k, v, log_f, call) -> (out, stats)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_f, call):  # type: ignore[no-untyped-def, override]
+        result = remember(lambda: _forward(q, k, v, log_f, call))
+        ctx.call, ctx.base, ctx.routes, ctx.stats = call, result.base, result.routes, result.stats
+        ctx.save_for_backward(q, k, v, result.out, result.lse, result.c_in)
+        # A fresh alias: `remember` may hold the result, which must not hold this node's graph.
+        return result.out.detach(), result.stats
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def, override]
+        q, k, v, out, lse, c_in = ctx.saved_tensors
+        result = Result(out, lse, c_in, ctx.base, ctx.routes, ctx.stats)
+        return *_backward(q, k, v, result, grad, ctx.call), None
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call) -> Result:
+    length, cp = q.shape[1], call.cp
+    c_in = gates.block_sums(log_f)
+    table = _whole(gates.block_table(c_in), cp)
+    base = gates.bases(table)
+    keys = length * (cp.size if cp else 1)
+    start = start_blocks(base, table[..., 1], call.acp, _logit_bound(q, k, call), keys)
+
+    queries, pool, own = _local(q, k, v, c_in, base, start, call)
+    plan, routes = _plan(start, k.shape[2], cp)
+    swaps = [lend(cp, routes[0], pool)] if cp and routes else []
+    out, lse = tiles_forward(queries, pool, own)
+    for i, route in enumerate(routes):
+        arrived = borrow(swaps[i], pool)
+        if cp and i + 1 < len(routes):
+            swaps.append(lend(cp, routes[i + 1], pool))
+        out, lse = merge(out, lse, *tiles_forward(queries, arrived, route.table))
+
+    stats = _stats(start, queries.blocks, pool, plan, cp, swaps, call.backend)
+    return Result(gates.from_blocks(out, length).to(q.dtype), lse, c_in, base, routes, stats)
+
+
+def _backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, result: Result, grad: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, ...]:
+    length, cp, routes = q.shape[1], call.cp, result.routes
+    queries, pool, own = _local(q, k, v, result.c_in, result.base, result.stats.start, call)
+    delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
+    above = gates.to_blocks(grad)
+    swap = lend(cp, routes[0], pool) if cp and routes else None
+    dq, row, dpool = tiles_backward(queries, pool, own, above, result.lse, delta)
+    going_home: list[tuple[Swap, Route]] = []
+    for i, route in enumerate(routes):
+        assert cp is not None
+        assert swap is not None
+        arrived = borrow(swap, pool)
+        if i + 1 < len(routes):
+            swap = lend(cp, routes[i + 1], pool)
+        dq_part, row_part, lent = tiles_backward(queries, arrived, route.table, above, result.lse, delta)
+        dq += dq_part
+        row += row_part
+        for returned in going_home:  # the stage before: it travelled during this one's products
+            take_back(*returned, dpool)
+        going_home = [(give_back(cp, route, lent), route)]
+    for returned in going_home:
+        take_back(*returned, dpool)
+
+    # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
+    rows, heads, count = queries.start.shape
+    column = dpool.c_in.view(rows, k.shape[2], count, -1, BLOCK).transpose(2, 3).reshape(row.shape)
+    dlog_f = _gate_gradient(row + column, queries.blocks, cp)
+    dk, dv = (x.view(rows, k.shape[2], count, BLOCK, -1) for x in (dpool.k, dpool.v))
+    return tuple(gates.from_blocks(g, length).to(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v))) + (
+        gates.from_blocks(dlog_f, length),
+    )
+
+
+def _local(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    c_in: torch.Tensor,
+    base: torch.Tensor,
+    start: torch.Tensor,
+    call: Call,
+) -> tuple[Queries, Pages, torch.Tensor]:
+    """This rank's queries, its own K/V blocks as a pool, and the table [B, K, N] of that pool."""
+    rows, heads, count, _ = c_in.shape
+    total, kv_heads = start.shape[-1], k.shape[2]
+    cp = call.cp
+    blocks = blocks_of(cp.rank, cp.size, total, cp.layout) if cp else torch.arange(total)
+    blocks = blocks.to(q.device)
+    queries = Queries(gates.to_blocks(q), c_in, base, start[:, :, blocks], blocks, call.scale)
+    c_pages = c_in.view(rows, kv_heads, -1, count, BLOCK).transpose(2, 3)
+    pool = Pages(gates.to_blocks(k).flatten(0, 2), gates.to_blocks(v).flatten(0, 2), c_pages.flatten(0, 2))
+    return queries, pool, own_table(rows, kv_heads, blocks, total)
+
+
+def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
+    """Per-block values [B, H, n, ...] of all ranks, in the order of the sequence: [B, H, N, ...]."""
+    return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
+
+
+def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
+    """U, float64, broadcastable to [B, H]: as given, or measured over all ranks."""
+    if call.acp is None:
+        return torch.zeros((), dtype=torch.float64, device=q.device)
+    if call.acp.logit_bound is not None:
+        return torch.as_tensor(call.acp.logit_bound, dtype=torch.float64, device=q.device)
+    norms = largest_norms(q, k)
+    return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
+
+
+def _plan(
+    start: torch.Tensor, kv_heads: int, cp: ContextParallel | None
+) -> tuple[Plan | None, tuple[Route, ...]]:
+    """The plan of all ranks and this rank's routes, one for each stage. Reads the chunks' starts to the host."""
+    if cp is None or cp.size == 1:
+        return None, ()
+    rows, _, blocks = start.shape
+    chunk = blocks // chunk_count(cp.size, cp.layout)
+    first = start[:, :, ::chunk].view(rows, kv_heads, -1, blocks // chunk).amin(2)
+    plan = make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
+    return plan, tuple(make_route(plan, cp.rank, stage, start.device) for stage in plan.stages(cp.schedule))
+
+
+def _gate_gradient(dc: torch.Tensor, blocks: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
+    """dlog f [B, H, n, BLOCK] from dc of this rank's blocks: the suffix sum over the whole sequence."""
+    sums = _whole(dc.double().sum(-1), cp)  # [B, H, N]
+    later = sums.flip(-1).cumsum(-1).flip(-1) - sums
+    return gates.gate_gradient(dc, later[:, :, blocks])
+
+
+def _stats(
+    start: torch.Tensor,
+    blocks: torch.Tensor,
+    pool: Pages,
+    plan: Plan | None,
+    cp: ContextParallel | None,
+    swaps: list[Swap],
+    backend: str,
+) -> AttentionStats:
+    if plan is None or cp is None:
+        return AttentionStats(start, blocks, backend)
+    kv, gate = pool.bytes_each()
+    rank, size = cp.rank, cp.size
+    causal = causal_counts(*plan.need.shape[:2], plan.blocks, size, cp.layout)
+    sent = sum(swap.sent_rows for swap in swaps)
+    return AttentionStats(
+        start,
+        blocks,
+        backend,
+        bytes_sent=sent * kv,
+        bytes_dense=(size - 1) * plan.own * kv,
+        bytes_causal=int(causal[rank].sum()) * kv,
+        bytes_gates=sent * gate,
+        pairs_sent=sum(swap.messages for swap in swaps),
+        pairs=size - 1,
+        stages_run=sum(
+            bool(plan.counts[rank, (rank + d) % size] or plan.counts[rank - d, rank]) for d in range(1, size)
+        ),
+    )

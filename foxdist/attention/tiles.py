@@ -1,0 +1,133 @@
+"""Attention of local query blocks over a pool of pages, tile by tile, in plain PyTorch. Knows no ranks and no plan.
+
+Query block m meets block n of the sequence when start[m] <= n <= m and the pool holds n, found through a table
+[B, K, N]: one function serves local and borrowed blocks, any layout and any order of arrival.
+
+Tiles are taken by distance m - n. At one distance every query block has at most one tile, so all of them (all rows,
+heads and query blocks whose window reaches that far) go through one batched product and update their own running
+(max, sum, out) without meeting: no atomics, the same bits every run, and work that follows the kept tiles. Arithmetic
+is float32 for every input dtype.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from foxdist.attention.pages import Pages
+from foxdist.layout import BLOCK
+
+TILES_AT_ONCE = 64  # [64, 128, 128] float32 is 4 MiB: larger batches fall out of a CPU core's cache
+
+
+class Queries(NamedTuple):
+    """The query side of a rank, the same for every pool it meets."""
+
+    q: torch.Tensor  # [B, H, n, BLOCK, D]
+    c_in: torch.Tensor  # [B, H, n, BLOCK] float32
+    base: torch.Tensor  # [B, H, N + 1] float64, of the whole sequence
+    start: torch.Tensor  # [B, H, n] int: first block of the sequence that each query block keeps
+    blocks: torch.Tensor  # [n] int64: global index of each query block
+    scale: float
+
+
+class _Batch(NamedTuple):
+    """Tiles that are computed together, at one distance: indices into the flattened queries and pages."""
+
+    query: torch.Tensor  # [S] into [B * H * n]
+    page: torch.Tensor  # [S] into the pool
+    member: torch.Tensor  # [S]: which of the G query heads that share the page
+    shift: torch.Tensor  # [S] float32: base[m] - base[n]
+    diagonal: bool
+
+
+def tiles_forward(queries: Queries, pool: Pages, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, H, n, BLOCK, D] and lse [B, H, n, BLOCK], both float32; (0, -inf) for a query that met no key."""
+    q = queries.q.flatten(0, 2).float() * queries.scale
+    k, v = pool.k.float(), pool.v.float()
+    out = torch.zeros_like(q)
+    top = q.new_full(q.shape[:2], -torch.inf)
+    total = torch.zeros_like(top)
+    for batch in _batches(queries, pool, table):
+        logits = _logits(q, k, queries, pool, batch)
+        old = top[batch.query]
+        new = torch.maximum(old, logits.amax(-1))
+        decay = (old - new).exp()
+        weights = logits.sub_(new[..., None]).exp_()
+        top[batch.query] = new
+        total[batch.query] = total[batch.query] * decay + weights.sum(-1)
+        out[batch.query] = torch.baddbmm(out[batch.query] * decay[..., None], weights, v[batch.page])
+    met = total > 0
+    out /= torch.where(met, total, 1.0)[..., None]
+    lse = torch.where(met, top + total.log(), -torch.inf)
+    return out.view(queries.q.shape), lse.view(queries.c_in.shape)
+
+
+def tiles_backward(
+    queries: Queries,
+    pool: Pages,
+    table: torch.Tensor,
+    grad: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, Pages]:
+    """Gradients of `tiles_forward`, given the final lse of each query over all pools.
+
+    grad: [B, H, n, BLOCK, D] of the final output. delta: [B, H, n, BLOCK] float32, rowsum(out * grad). Returns, in
+    float32, dq like q, the row part of dc like c_in, and the pool's gradients; the column part of dc stands in
+    `c_in` of those with its sign, so that dc = row part + column part.
+    """
+    q = queries.q.flatten(0, 2).float() * queries.scale
+    k, v, grad = pool.k.float(), pool.v.float(), grad.flatten(0, 2).float()
+    lse, delta = lse.flatten(0, 2), delta.flatten(0, 2)
+    dq, row = torch.zeros_like(q), torch.zeros_like(lse)
+    dpool = Pages(torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(pool.c_in))
+    for batch in _batches(queries, pool, table):
+        logits = _logits(q, k, queries, pool, batch)
+        weights = logits.sub_(lse[batch.query][..., None]).exp_()
+        above = grad[batch.query]
+        ds = torch.bmm(above, v[batch.page].mT).sub_(delta[batch.query][..., None]).mul_(weights)
+        if batch.diagonal:  # a query with one key has no gradient here, but dp and delta are rounded differently
+            ds.masked_fill_(weights == 1, 0.0)
+        dq[batch.query] = torch.baddbmm(dq[batch.query], ds, k[batch.page])
+        row[batch.query] += ds.sum(-1)
+        dk, dv = torch.bmm(ds.mT, q[batch.query]), torch.bmm(weights.mT, above)
+        dpool.c_in[batch.page, batch.member] -= ds.sum(-2)
+        for member in range(pool.c_in.shape[1]):  # heads that share a page add to it one after the other
+            mine = slice(None) if pool.c_in.shape[1] == 1 else batch.member == member
+            dpool.k.index_add_(0, batch.page[mine], dk[mine])
+            dpool.v.index_add_(0, batch.page[mine], dv[mine])
+    return dq.mul_(queries.scale).view(queries.q.shape), row.view(queries.c_in.shape), dpool
+
+
+def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Batch]:
+    """The kept tiles whose block the pool holds, by distance, nearest first."""
+    if not len(pool.k):
+        return
+    rows, heads, count = queries.start.shape
+    group = heads // table.shape[1]
+    head = torch.arange(heads, device=table.device)
+    for distance in range(int((queries.blocks - queries.start).max()) + 1):
+        block = queries.blocks - distance  # [n]
+        page = table[:, head // group][:, :, block.clamp_min(0)]  # [B, H, n]
+        kept = (block >= queries.start) & (block >= 0) & (page >= 0)
+        query = kept.flatten().nonzero().squeeze(1)
+        for part in query.split(TILES_AT_ONCE) if len(query) else ():
+            at = part % count
+            member = part // count % heads % group
+            base = queries.base.flatten(0, 1)[part // count]  # [S, N + 1]
+            m = queries.blocks[at][:, None]
+            shift = (base.gather(1, m) - base.gather(1, m - distance)).squeeze(1).float()
+            yield _Batch(part, page.flatten()[part].long(), member, shift, distance == 0)
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, queries: Queries, pool: Pages, batch: _Batch) -> torch.Tensor:
+    """[S, BLOCK, BLOCK]: scaled q.k plus decay, -inf above the diagonal. `q` comes scaled."""
+    logits = torch.bmm(q[batch.query], k[batch.page].mT)
+    column = batch.shift[:, None] - pool.c_in[batch.page, batch.member]  # exact where the key is near
+    row = queries.c_in.flatten(0, 2)[batch.query]
+    logits += row[..., :, None] + column[..., None, :]
+    if batch.diagonal:
+        future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
+        logits.masked_fill_(future, -torch.inf)
+    return logits

@@ -1,0 +1,96 @@
+"""Moving bytes between the ranks of a context-parallel group: the only attention module that calls torch.distributed.
+
+Two verbs for the small tables, `all_gather` and `all_max`, and one for rows: a `Swap` is posted, runs beside
+computation, and is waited for once. What was handed to the backend is counted here, where it is handed over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from foxdist.attention.plan import SCHEDULES, Schedule
+from foxdist.layout import LAYOUTS, Layout
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """How a sequence is spread over the ranks of a process group."""
+
+    group: dist.ProcessGroup
+    layout: Layout = "zigzag"
+    schedule: Schedule = "auto"
+    overlap: bool = True
+    """False waits for every exchange where it is posted: the readable twin, with the same bits."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("layout", self.layout, LAYOUTS), ("schedule", self.schedule, SCHEDULES)):
+            if value not in known:
+                raise ValueError(
+                    f"parallel.{name}={value!r}: unknown; must be one of {', '.join(known)}; correct the name"
+                )
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """P, the number of ranks in the group."""
+        return dist.get_world_size(self.group)
+
+
+class Swap:
+    """A posted exchange of rows between pairs of ranks.
+
+    rows: [sum(sends), W] contiguous; the first sends[0] of them go to rank 0, the next sends[1] to rank 1, and so on.
+    receives: how many come from each rank; the two sides of a pair must agree. A pair with nothing to move does not
+    communicate. All messages are one batch (one grouped NCCL launch).
+    """
+
+    def __init__(self, cp: ContextParallel, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]):
+        assert sum(sends) == len(rows), f"{sends=} {rows.shape=}"
+        self.rows = rows  # the backend reads it until the wait
+        self.arriving = rows.new_empty(sum(receives), *rows.shape[1:])
+        self.sent_rows = self.messages = 0
+        operations = []
+        for peer, (outgoing, incoming) in enumerate(zip(rows.split(list(sends)), self.arriving.split(list(receives)))):
+            if peer == cp.rank:
+                incoming.copy_(outgoing)
+                continue
+            there = dist.get_global_rank(cp.group, peer)
+            if len(incoming):
+                operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group))
+            if len(outgoing):
+                operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group))
+                self.sent_rows += len(outgoing)
+                self.messages += 1
+        self.works = dist.batch_isend_irecv(operations) if operations else []
+        if not cp.overlap:
+            self._finish()
+
+    def _finish(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works = []
+
+    def wait(self) -> torch.Tensor:
+        """The rows that arrived [sum(receives), W], in rank order of their senders."""
+        self._finish()
+        return self.arriving
+
+
+def all_gather(cp: ContextParallel, x: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's `x`, in rank order. The same shape on all ranks."""
+    parts = [torch.empty_like(x) for _ in range(cp.size)]
+    dist.all_gather(parts, x.contiguous(), group=cp.group)
+    return parts
+
+
+def all_max(cp: ContextParallel, x: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum of every rank's `x`."""
+    x = x.clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=cp.group)
+    return x
