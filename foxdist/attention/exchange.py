@@ -64,7 +64,7 @@ def give_back(cp: ContextParallel, route: Route, grads: Pages) -> Swap:
 
 
 def take_back(swap: Swap, route: Route, grads: Pages) -> None:
-    """Waits for a `give_back` and adds the gradients of lent pages to `grads`, in rank order: the same bits every run."""
+    """Waits for a `give_back` and adds the gradients of lent pages to `grads`, in rank order: always the same bits."""
     arriving = _pages(swap.wait(), grads)
     lent = route.lent.split(route.sends)
     for total, parts in zip(grads, arriving):

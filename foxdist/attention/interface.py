@@ -53,9 +53,7 @@ def forgetting_attention(
     return (out, stats) if return_stats else out
 
 
-def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None
-) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:
     if q.ndim != 4 or q.shape[1] == 0:
         raise ValueError(f"q: shape {list(q.shape)}; must be [B, T, H, D] with T >= 1; add the missing dimensions")
     B, T, H, D = q.shape

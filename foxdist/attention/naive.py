@@ -1,6 +1,6 @@
 """The definition of FoX attention, in float64 and O(T^2): the oracle of every other implementation.
 
-    o_i = sum_j softmax_j(scale * q_i.k_j + D_ij) v_j,   j <= i,   D_ij = sum of log_f over (j, i]
+o_i = sum_j softmax_j(scale * q_i.k_j + D_ij) v_j,   j <= i,   D_ij = sum of log_f over (j, i]
 """
 
 import torch

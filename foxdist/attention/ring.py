@@ -5,7 +5,7 @@ Forward, on every rank:
     gate sums of own blocks --all-gather--> bases, start -> plan of all ranks (equal everywhere)
     post the first stage's pages
     attention over own blocks                             | the pages travel meanwhile
-    for each stage: take its pages, post the next stage's, attention over them, merge by lse
+    for each stage: take its pages, post the next stage's, attention over them, merge
 
 Backward walks the same stages: it borrows the pages again (so that memory never exceeds two stages'), computes their
 gradients, and sends those home on the transposed route, where they are added in float32 in a fixed order. The gate's
@@ -13,6 +13,8 @@ gradient is a suffix sum over the sequence: per-block sums are gathered, as in t
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -44,7 +46,7 @@ class Result:
     """All that backward needs besides q, k and v, and what activation checkpointing keeps."""
 
     out: torch.Tensor  # [B, T, H, D] in q's dtype
-    lse: torch.Tensor  # [B, H, n, BLOCK] float32, natural log
+    lse2: torch.Tensor  # [B, H, n, BLOCK] float32, base-2 log
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64
     routes: tuple[Route, ...]
@@ -55,17 +57,19 @@ class RingAttention(torch.autograd.Function):
     """(q, k, v, log_f, call) -> (out, stats)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_f, call):  # type: ignore[no-untyped-def, override]
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, AttentionStats]:
         result = remember(lambda: _forward(q, k, v, log_f, call))
         ctx.call, ctx.base, ctx.routes, ctx.stats = call, result.base, result.routes, result.stats
-        ctx.save_for_backward(q, k, v, result.out, result.lse, result.c_in)
+        ctx.save_for_backward(q, k, v, result.out, result.lse2, result.c_in)
         # A fresh alias: `remember` may hold the result, which must not hold this node's graph.
         return result.out.detach(), result.stats
 
     @staticmethod
-    def backward(ctx, grad, _):  # type: ignore[no-untyped-def, override]
-        q, k, v, out, lse, c_in = ctx.saved_tensors
-        result = Result(out, lse, c_in, ctx.base, ctx.routes, ctx.stats)
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse2, c_in = ctx.saved_tensors
+        result = Result(out, lse2, c_in, ctx.base, ctx.routes, ctx.stats)
         return *_backward(q, k, v, result, grad, ctx.call), None
 
 
@@ -80,15 +84,15 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Ten
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     plan, routes = _plan(start, k.shape[2], cp)
     swaps = [lend(cp, routes[0], pool)] if cp and routes else []
-    out, lse = tiles_forward(queries, pool, own)
+    out, lse2 = tiles_forward(queries, pool, own)
     for i, route in enumerate(routes):
         arrived = borrow(swaps[i], pool)
         if cp and i + 1 < len(routes):
             swaps.append(lend(cp, routes[i + 1], pool))
-        out, lse = merge(out, lse, *tiles_forward(queries, arrived, route.table))
+        out, lse2 = merge(out, lse2, *tiles_forward(queries, arrived, route.table))
 
-    stats = _stats(start, queries.blocks, pool, plan, cp, swaps, call.backend)
-    return Result(gates.from_blocks(out, length).to(q.dtype), lse, c_in, base, routes, stats)
+    stats = _stats(start, pool, plan, cp, swaps, call.backend)
+    return Result(gates.from_blocks(out, length).to(q.dtype), lse2, c_in, base, routes, stats)
 
 
 def _backward(
@@ -99,7 +103,7 @@ def _backward(
     delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
     above = gates.to_blocks(grad)
     swap = lend(cp, routes[0], pool) if cp and routes else None
-    dq, row, dpool = tiles_backward(queries, pool, own, above, result.lse, delta)
+    dq, row, dpool = tiles_backward(queries, pool, own, above, result.lse2, delta)
     going_home: list[tuple[Swap, Route]] = []
     for i, route in enumerate(routes):
         assert cp is not None
@@ -107,7 +111,7 @@ def _backward(
         arrived = borrow(swap, pool)
         if i + 1 < len(routes):
             swap = lend(cp, routes[i + 1], pool)
-        dq_part, row_part, lent = tiles_backward(queries, arrived, route.table, above, result.lse, delta)
+        dq_part, row_part, lent = tiles_backward(queries, arrived, route.table, above, result.lse2, delta)
         dq += dq_part
         row += row_part
         for returned in going_home:  # the stage before: it travelled during this one's products
@@ -117,13 +121,12 @@ def _backward(
         take_back(*returned, dpool)
 
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
-    rows, heads, count = queries.start.shape
+    rows, _, count = queries.start.shape
     column = dpool.c_in.view(rows, k.shape[2], count, -1, BLOCK).transpose(2, 3).reshape(row.shape)
     dlog_f = _gate_gradient(row + column, queries.blocks, cp)
     dk, dv = (x.view(rows, k.shape[2], count, BLOCK, -1) for x in (dpool.k, dpool.v))
-    return tuple(gates.from_blocks(g, length).to(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v))) + (
-        gates.from_blocks(dlog_f, length),
-    )
+    gradients = (gates.from_blocks(g, length).to(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v)))
+    return *gradients, gates.from_blocks(dlog_f, length)
 
 
 def _local(
@@ -136,15 +139,23 @@ def _local(
     call: Call,
 ) -> tuple[Queries, Pages, torch.Tensor]:
     """This rank's queries, its own K/V blocks as a pool, and the table [B, K, N] of that pool."""
-    rows, heads, count, _ = c_in.shape
+    rows, _, count, _ = c_in.shape
     total, kv_heads = start.shape[-1], k.shape[2]
-    cp = call.cp
-    blocks = blocks_of(cp.rank, cp.size, total, cp.layout) if cp else torch.arange(total)
-    blocks = blocks.to(q.device)
+    blocks = _own_blocks(total, call.cp, q.device)
     queries = Queries(gates.to_blocks(q), c_in, base, start[:, :, blocks], blocks, call.scale)
     c_pages = c_in.view(rows, kv_heads, -1, count, BLOCK).transpose(2, 3)
     pool = Pages(gates.to_blocks(k).flatten(0, 2), gates.to_blocks(v).flatten(0, 2), c_pages.flatten(0, 2))
     return queries, pool, own_table(rows, kv_heads, blocks, total)
+
+
+def _own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
+    """[n] int64: the blocks of the sequence, of `total`, that this rank owns."""
+    return _blocks_on(device, *((cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")))
+
+
+@lru_cache(maxsize=64)
+def _blocks_on(device: torch.device, rank: int, size: int, total: int, layout: str) -> torch.Tensor:
+    return blocks_of(rank, size, total, layout).to(device)
 
 
 def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
@@ -162,9 +173,7 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 
 
-def _plan(
-    start: torch.Tensor, kv_heads: int, cp: ContextParallel | None
-) -> tuple[Plan | None, tuple[Route, ...]]:
+def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> tuple[Plan | None, tuple[Route, ...]]:
     """The plan of all ranks and this rank's routes, one for each stage. Reads the chunks' starts to the host."""
     if cp is None or cp.size == 1:
         return None, ()
@@ -184,22 +193,26 @@ def _gate_gradient(dc: torch.Tensor, blocks: torch.Tensor, cp: ContextParallel |
 
 def _stats(
     start: torch.Tensor,
-    blocks: torch.Tensor,
     pool: Pages,
     plan: Plan | None,
     cp: ContextParallel | None,
     swaps: list[Swap],
     backend: str,
 ) -> AttentionStats:
+    blocks = _own_blocks(start.shape[2], cp, start.device)
     if plan is None or cp is None:
-        return AttentionStats(start, blocks, backend)
+        total = start.shape[2]
+        return AttentionStats(start, blocks, start.shape[0] * total * (total + 1) // 2, backend)
+    own = blocks_of(cp.rank, cp.size, plan.blocks, cp.layout)  # on the host: counting must not wait for the device
     kv, gate = pool.bytes_each()
     rank, size = cp.rank, cp.size
     causal = causal_counts(*plan.need.shape[:2], plan.blocks, size, cp.layout)
     sent = sum(swap.sent_rows for swap in swaps)
+    distances = [(rank, (rank + d) % size, (rank - d) % size) for d in range(1, size)]
     return AttentionStats(
         start,
         blocks,
+        start.shape[0] * int((own + 1).sum()),
         backend,
         bytes_sent=sent * kv,
         bytes_dense=(size - 1) * plan.own * kv,
@@ -207,7 +220,5 @@ def _stats(
         bytes_gates=sent * gate,
         pairs_sent=sum(swap.messages for swap in swaps),
         pairs=size - 1,
-        stages_run=sum(
-            bool(plan.counts[rank, (rank + d) % size] or plan.counts[rank - d, rank]) for d in range(1, size)
-        ),
+        stages_run=sum(bool(plan.counts[r, to] or plan.counts[came, r]) for r, to, came in distances),
     )

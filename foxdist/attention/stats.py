@@ -13,6 +13,8 @@ class AttentionStats:
     """[B, H, N] int32, of the whole sequence: the first block that each query block keeps."""
     blocks: torch.Tensor
     """[n] int64: the query blocks that this rank owns."""
+    causal_by_head: int
+    """Tiles of one head that causality allows for this rank's queries, over the batch."""
     backend: str
     """The tile implementation that ran."""
     bytes_sent: int = 0
@@ -35,11 +37,6 @@ class AttentionStats:
         """[H] int64 on the device: tiles kept for this rank's queries, over the batch."""
         own = self.start[:, :, self.blocks].long()
         return (self.blocks - own + 1).sum((0, 2))
-
-    @property
-    def causal_by_head(self) -> int:
-        """Tiles of one head that causality allows for this rank's queries, over the batch."""
-        return self.start.shape[0] * int((self.blocks + 1).sum())
 
     @property
     def tiles_kept(self) -> int:

@@ -6,9 +6,11 @@ Query block m meets block n of the sequence when start[m] <= n <= m and the pool
 Tiles are taken by distance m - n. At one distance every query block has at most one tile, so all of them (all rows,
 heads and query blocks whose window reaches that far) go through one batched product and update their own running
 (max, sum, out) without meeting: no atomics, the same bits every run, and work that follows the kept tiles. Arithmetic
-is float32 for every input dtype.
+is float32 for every input dtype, and weights are powers of 2: on a CPU, exp of what decay has made tiny takes 15 to 50
+times as long as exp2.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 from foxdist.attention.pages import Pages
 from foxdist.layout import BLOCK
 
+LOG2_E = math.log2(math.e)
 TILES_AT_ONCE = 64  # [64, 128, 128] float32 is 4 MiB: larger batches fall out of a CPU core's cache
 
 
@@ -42,8 +45,11 @@ class _Batch(NamedTuple):
 
 
 def tiles_forward(queries: Queries, pool: Pages, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, n, BLOCK, D] and lse [B, H, n, BLOCK], both float32; (0, -inf) for a query that met no key."""
-    q = queries.q.flatten(0, 2).float() * queries.scale
+    """out [B, H, n, BLOCK, D] and lse2 [B, H, n, BLOCK], both float32; (0, -inf) for a query that met no key.
+
+    lse2: base-2 logarithm of the sum of exp(logit).
+    """
+    q = queries.q.flatten(0, 2).float() * (queries.scale * LOG2_E)
     k, v = pool.k.float(), pool.v.float()
     out = torch.zeros_like(q)
     top = q.new_full(q.shape[:2], -torch.inf)
@@ -52,15 +58,15 @@ def tiles_forward(queries: Queries, pool: Pages, table: torch.Tensor) -> tuple[t
         logits = _logits(q, k, queries, pool, batch)
         old = top[batch.query]
         new = torch.maximum(old, logits.amax(-1))
-        decay = (old - new).exp()
-        weights = logits.sub_(new[..., None]).exp_()
+        decay = (old - new).exp2()
+        weights = logits.sub_(new[..., None]).exp2_()
         top[batch.query] = new
         total[batch.query] = total[batch.query] * decay + weights.sum(-1)
         out[batch.query] = torch.baddbmm(out[batch.query] * decay[..., None], weights, v[batch.page])
     met = total > 0
     out /= torch.where(met, total, 1.0)[..., None]
-    lse = torch.where(met, top + total.log(), -torch.inf)
-    return out.view(queries.q.shape), lse.view(queries.c_in.shape)
+    lse2 = torch.where(met, top + total.log2(), -torch.inf)
+    return out.view(queries.q.shape), lse2.view(queries.c_in.shape)
 
 
 def tiles_backward(
@@ -68,23 +74,23 @@ def tiles_backward(
     pool: Pages,
     table: torch.Tensor,
     grad: torch.Tensor,
-    lse: torch.Tensor,
+    lse2: torch.Tensor,
     delta: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, Pages]:
-    """Gradients of `tiles_forward`, given the final lse of each query over all pools.
+    """Gradients of `tiles_forward`, given the final lse2 of each query over all pools.
 
     grad: [B, H, n, BLOCK, D] of the final output. delta: [B, H, n, BLOCK] float32, rowsum(out * grad). Returns, in
     float32, dq like q, the row part of dc like c_in, and the pool's gradients; the column part of dc stands in
     `c_in` of those with its sign, so that dc = row part + column part.
     """
-    q = queries.q.flatten(0, 2).float() * queries.scale
+    q = queries.q.flatten(0, 2).float() * (queries.scale * LOG2_E)
     k, v, grad = pool.k.float(), pool.v.float(), grad.flatten(0, 2).float()
-    lse, delta = lse.flatten(0, 2), delta.flatten(0, 2)
-    dq, row = torch.zeros_like(q), torch.zeros_like(lse)
+    lse2, delta = lse2.flatten(0, 2), delta.flatten(0, 2)
+    dq, row = torch.zeros_like(q), torch.zeros_like(lse2)
     dpool = Pages(torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(pool.c_in))
     for batch in _batches(queries, pool, table):
         logits = _logits(q, k, queries, pool, batch)
-        weights = logits.sub_(lse[batch.query][..., None]).exp_()
+        weights = logits.sub_(lse2[batch.query][..., None]).exp2_()
         above = grad[batch.query]
         ds = torch.bmm(above, v[batch.page].mT).sub_(delta[batch.query][..., None]).mul_(weights)
         if batch.diagonal:  # a query with one key has no gradient here, but dp and delta are rounded differently
@@ -97,6 +103,7 @@ def tiles_backward(
             mine = slice(None) if pool.c_in.shape[1] == 1 else batch.member == member
             dpool.k.index_add_(0, batch.page[mine], dk[mine])
             dpool.v.index_add_(0, batch.page[mine], dv[mine])
+    dpool.k.div_(LOG2_E)
     return dq.mul_(queries.scale).view(queries.q.shape), row.view(queries.c_in.shape), dpool
 
 
@@ -104,7 +111,7 @@ def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Ba
     """The kept tiles whose block the pool holds, by distance, nearest first."""
     if not len(pool.k):
         return
-    rows, heads, count = queries.start.shape
+    _, heads, count = queries.start.shape
     group = heads // table.shape[1]
     head = torch.arange(heads, device=table.device)
     for distance in range(int((queries.blocks - queries.start).max()) + 1):
@@ -122,11 +129,11 @@ def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Ba
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, queries: Queries, pool: Pages, batch: _Batch) -> torch.Tensor:
-    """[S, BLOCK, BLOCK]: scaled q.k plus decay, -inf above the diagonal. `q` comes scaled."""
+    """[S, BLOCK, BLOCK]: (scaled q.k + decay) * log2(e), -inf above the diagonal. `q` comes scaled, by log2(e) too."""
     logits = torch.bmm(q[batch.query], k[batch.page].mT)
     column = batch.shift[:, None] - pool.c_in[batch.page, batch.member]  # exact where the key is near
     row = queries.c_in.flatten(0, 2)[batch.query]
-    logits += row[..., :, None] + column[..., None, :]
+    logits.add_(row[..., :, None] + column[..., None, :], alpha=LOG2_E)  # row + column first: exact where D is small
     if batch.diagonal:
         future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
         logits.masked_fill_(future, -torch.inf)

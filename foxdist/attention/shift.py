@@ -1,0 +1,61 @@
+"""The token before each token, across the borders of chunks: what FoX (Pro)'s K/V shift needs, with its gradient.
+
+Only the first token of a chunk has its left neighbour elsewhere, so one row a chunk travels; its gradient travels back.
+"""
+
+from typing import Any
+
+import torch
+
+from foxdist.attention.replay import remember
+from foxdist.attention.transport import ContextParallel, Swap
+from foxdist.layout import chunk_count, chunks_of, owner_of
+
+
+def previous_token(x: torch.Tensor, cp: ContextParallel | None = None) -> torch.Tensor:
+    """y [B, T, F] with y_t = x_{t-1} along the whole sequence, and 0 at its first token.
+
+    x: [B, T, F], with `cp` this rank's part in layout order. Differentiable; every rank of `cp` must call.
+    """
+    return _PreviousToken.apply(x, cp)
+
+
+class _PreviousToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
+        ctx.cp = cp
+        chunks = _split(x, cp)  # [B, chunks, T / chunks, F]
+        before = remember(lambda: _hand_over(chunks[:, :, -1], cp, 1))
+        return torch.cat([before[:, :, None], chunks[:, :, :-1]], 2).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        chunks = _split(grad, ctx.cp)
+        after = _hand_over(chunks[:, :, 0], ctx.cp, -1)
+        return torch.cat([chunks[:, :, 1:], after[:, :, None]], 2).flatten(1, 2), None
+
+
+def _split(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
+    own = chunk_count(cp.size, cp.layout) // cp.size if cp else 1
+    return x.unflatten(1, (own, -1))
+
+
+def _hand_over(rows: torch.Tensor, cp: ContextParallel | None, step: int) -> torch.Tensor:
+    """Gives each chunk's row [B, chunks, F] to the chunk `step` further; returns what comes in, or 0."""
+    if cp is None:
+        return torch.zeros_like(rows)
+    rank, size, layout = cp.rank, cp.size, cp.layout
+    own, count = chunks_of(rank, size, layout), chunk_count(size, layout)
+    # Both sides list a pair's chunks in ascending order of the sender's chunk.
+    outgoing = [(owner_of(c + step, size, layout), i) for i, c in enumerate(own) if 0 <= c + step < count]
+    incoming = [(owner_of(c - step, size, layout), i) for i, c in enumerate(own) if 0 <= c - step < count]
+    outgoing, incoming = sorted(outgoing), sorted(incoming)
+    swap = Swap(
+        cp,
+        rows[:, [i for _, i in outgoing]].movedim(1, 0).contiguous(),
+        [sum(peer == p for peer, _ in outgoing) for p in range(size)],
+        [sum(peer == p for peer, _ in incoming) for p in range(size)],
+    )
+    arrived = torch.zeros_like(rows)
+    arrived[:, [i for _, i in incoming]] = swap.wait().movedim(0, 1)
+    return arrived

@@ -1,0 +1,49 @@
+"""What a configuration means before anything runs: mesh, parameters, tokens, memory. For `train.py --check`."""
+
+from foxdist.config import Config, check_world, dump
+from foxdist.layout import BLOCK, chunk_count
+from foxdist.model import flops_per_token, parameter_count
+
+GIB = 2**30
+
+
+def describe(config: Config, world: int) -> str:
+    """A page of text; needs neither a GPU nor a process group. Raises `ConfigError` where something does not fit."""
+    dp, accumulation = check_world(config, world)
+    model, cp, train = config.model, config.parallel.cp, config.train
+    parameters = parameter_count(model)
+    length = config.data.sequence_length
+    matrices, attention = flops_per_token(model, length)
+    chunks = chunk_count(cp, config.parallel.layout)
+    lines = [
+        dump(config).rstrip(),
+        "",
+        f"mesh        {world} ranks = dp {dp} x cp {cp}, ZeRO-{config.parallel.zero} over all of them",
+        f"sequence    {length:,} tokens = {length // BLOCK} blocks of {BLOCK}, {length // cp:,} tokens a rank "
+        + (f"in {chunks // cp} chunks ({config.parallel.layout})" if cp > 1 else "in one piece"),
+        f"step        {train.tokens_per_step:,} tokens = {train.tokens_per_step // length} sequences = "
+        f"dp {dp} x micro-batch {train.micro_batch} x {accumulation} accumulated",
+        f"run         {config.total_steps:,} steps, {config.total_tokens:,} tokens",
+        f"parameters  {parameters:,} ({parameters - model.vocab * model.hidden:,} without the input embedding)",
+        f"compute     {(matrices + attention) / 1e9:.2f} GFLOP a token, "
+        f"{100 * attention / (matrices + attention):.0f} % of it attention counted dense",
+        *_memory(config, world, parameters),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(config: Config, world: int, parameters: int) -> list[str]:
+    """GiB a rank: what ZeRO keeps, exactly, and what activations take, to first order."""
+    stage, bf16 = config.parallel.zero, config.train.precision == "bf16"
+    width = 2 if bf16 else 4
+    weights = width * parameters / (world if stage == 3 else 1)
+    gradients = 4 * parameters / (world if stage >= 2 else 1)
+    state = (12 if bf16 else 8) * parameters / world
+    model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // config.parallel.cp
+    kept = model.hidden + model.heads * (model.head_dim + 4)  # a block's input, attention's output and float32 lse
+    full = 8 * model.hidden + 4 * model.mlp_width  # what backward reads of projections, norms and MLP
+    checkpointing = config.train.activation_checkpointing
+    activations = width * tokens * (model.layers * kept + full if checkpointing else model.layers * (kept + full))
+    parts = {"weights": weights, "gradients": gradients, "optimizer": state, "activations, about": activations}
+    text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return [f"memory      {sum(parts.values()) / GIB:.2f} GiB a rank: {text}"]

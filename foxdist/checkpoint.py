@@ -1,0 +1,157 @@
+"""Saving and loading a run: engine, position in the data, random state. Knows nothing of the training loop.
+
+A checkpoint is a folder `step_00001000` that DeepSpeed fills (parameters and each rank's share of the optimizer), the
+random state of each rank, and `manifest.json`, written last: the step, the position in the data, and size and hash of
+every file. It is written as `step_00001000.unfinished` and renamed when all ranks are done; then `latest` is replaced,
+also by renaming. So a kill at any moment leaves the last good checkpoint in place, and a damaged one is recognised.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from foxdist.config import ConfigError
+from foxdist.log import log
+from foxdist.mesh import Mesh
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a manifest says."""
+
+    step: int
+    world: int
+    zero: int
+    data: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+    """Size in bytes and BLAKE2b of each file."""
+
+
+def save(engine: Any, root: Path, mesh: Mesh, *, step: int, zero: int, data: dict[str, Any], keep: int) -> Path:
+    """Writes the checkpoint of `step`; every rank must call. Keeps the newest `keep`."""
+    folder = root / f"step_{step:08d}"
+    work = folder.with_name(folder.name + ".unfinished")
+    if mesh.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(root), tag=work.name, save_latest=False)
+    torch.save(_random_state(), work / f"random_{mesh.rank:05d}.pt")
+    dist.barrier()
+    hashes: list[dict[str, tuple[int, str]] | None] = [None] * mesh.world
+    names = sorted(p.name for p in work.iterdir())
+    dist.all_gather_object(hashes, {n: _fingerprint(work / n) for n in names[mesh.rank :: mesh.world]})
+    if mesh.rank == 0:
+        files = {name: value for part in hashes if part for name, value in part.items()}
+        saved = Saved(step, mesh.world, zero, data, dict(sorted(files.items())))
+        _write(work / MANIFEST, json.dumps(saved.__dict__, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        work.replace(folder)
+        _write(root / "latest", folder.name + "\n")
+        for old in sorted(root.glob("step_????????"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def load(engine: Any, root: Path, mesh: Mesh, *, zero: int) -> Saved | None:
+    """Restores the newest good checkpoint and returns what it says, or None if there is none; every rank must call.
+
+    A damaged one is passed over with a warning. Raises `ConfigError` if the checkpoint was saved on another number of
+    ranks or in another ZeRO stage, saying what to run.
+    """
+    if mesh.rank == 0:
+        for torn in root.glob("step_*.unfinished"):
+            shutil.rmtree(torn)
+    for folder in sorted(root.glob("step_????????"), reverse=True):
+        saved = _read_manifest(folder)
+        wrong = ["no readable manifest"] if saved is None else _damage(folder, saved, mesh)
+        if wrong or saved is None:
+            log.warning("%s is damaged (%s); falling back to the one before", folder, "; ".join(wrong))
+            continue
+        if (saved.world, saved.zero) != (mesh.world, zero):
+            raise ConfigError(
+                f"train.run_dir={root.parent}: its checkpoint of step {saved.step} was saved on {saved.world} "
+                f"ranks with parallel.zero={saved.zero}; this job has {mesh.world} ranks with parallel.zero={zero}; run "
+                f"it on {saved.world} ranks with parallel.zero={saved.zero}, or start a new train.run_dir"
+            )
+        path, _ = engine.load_checkpoint(str(root), tag=folder.name)
+        assert path is not None, f"DeepSpeed found nothing in {folder}"
+        _restore_random_state(torch.load(folder / f"random_{mesh.rank:05d}.pt", weights_only=True))
+        return saved
+    return None
+
+
+def _read_manifest(folder: Path) -> Saved | None:
+    try:
+        tree = json.loads((folder / MANIFEST).read_text())
+        tree["files"] = {name: (size, digest) for name, (size, digest) in tree["files"].items()}
+        return Saved(**tree)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _damage(folder: Path, saved: Saved, mesh: Mesh) -> list[str]:
+    """What is wrong with the files, agreed by all ranks, each of which reads its share."""
+    mine = []
+    for name in list(saved.files)[mesh.rank :: mesh.world]:
+        path = folder / name
+        if not path.is_file():
+            mine.append(f"{name} is missing")
+        elif _fingerprint(path) != saved.files[name]:
+            mine.append(
+                f"{name} has changed since it was written ({path.stat().st_size} of {saved.files[name][0]} bytes)"
+            )
+    every: list[list[str] | None] = [None] * mesh.world
+    dist.all_gather_object(every, mine)
+    return [fault for part in every for fault in part or []]
+
+
+def _fingerprint(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a small file in one go, and on disk before this returns."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _random_state() -> dict[str, Any]:
+    """Of Python, NumPy and torch, as plain values and tensors, so that loading needs no pickle."""
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    state = {
+        "python": random.getstate(),
+        "numpy": numpy,
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy = state["numpy"]
+    numpy["state"]["key"] = numpy["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(numpy)
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

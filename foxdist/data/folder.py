@@ -1,0 +1,63 @@
+"""The folder that preparation leaves: shards in mosaicml-streaming's MDS format and `foxdist.json`.
+
+It is written under another name and renamed when it is whole, so a folder of the right name is never half-written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+NAME = "foxdist.json"
+
+
+class Prepared(BaseModel):
+    """What stands in `foxdist.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sequence_length: int
+    vocab: int
+    end: int
+    """Id of the end-of-text token."""
+    tokenizer: str
+    sequences: int
+    documents: int
+    tokens: int
+    """Of documents, end-of-text tokens included, fill not."""
+    settings: dict[str, Any]
+    """What was asked for; a second call with the same finds its work done."""
+
+
+def unfinished(path: Path) -> Path:
+    """Where preparation writes until it is done."""
+    return path.with_name(path.name + ".unfinished")
+
+
+def open_folder(path: Path, field: str = "data.path") -> Prepared:
+    """The description of a finished folder. Raises `ValueError` if it is not there or not whole, saying what to run."""
+    how = f"run: python -m foxdist.data prepare INPUT... --output {path}"
+    if not path.is_dir() and unfinished(path).is_dir():
+        raise ValueError(
+            f"{field}={path}: its preparation did not finish; must be complete; run the same prepare again"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{field}={path}: no such folder; must be prepared data; {how}")
+    if not (path / NAME).is_file():
+        raise ValueError(f"{field}={path}: holds no {NAME}; must be a folder that prepare wrote; {how}")
+    try:
+        found = Prepared.model_validate_json((path / NAME).read_text())
+        shards = json.loads((path / "index.json").read_text())["shards"]
+    except (ValidationError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{field}={path}: {NAME} or index.json is damaged ({error}); prepare again, elsewhere"
+        ) from None
+    for shard in shards:
+        file, size = path / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(
+                f"{field}={path}: shard {file.name} is missing or not {size} bytes long; must be as it was written; "
+                "restore it, or delete the folder and prepare again"
+            )
+    return found

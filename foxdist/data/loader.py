@@ -1,0 +1,117 @@
+"""Prepared sequences as the batches of a training step: deterministic, exactly resumable, elastic over dp.
+
+One batch holds all sequences that a data-parallel group trains on in one optimizer step, so the set of sequences of a
+step depends on neither dp nor the micro-batch. The ranks of a cp group get the same sequences (streaming's
+`replication`); cutting them up is the trainer's part.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foxdist.data.folder import Prepared
+from foxdist.data.streaming_import import import_streaming
+from foxdist.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole sequences, on the CPU."""
+
+    tokens: torch.Tensor  # [S, T] int64, model inputs
+    labels: torch.Tensor  # [S, T] int64, the token that each position predicts, or IGNORE
+    starts: torch.Tensor  # [S, T] bool, the first token of each document
+
+    def targets(self) -> int:
+        """Positions that have a label."""
+        return int((self.labels != IGNORE).sum())
+
+
+def shifted(tokens: np.ndarray, starts: np.ndarray, used: int, end: int) -> dict[str, np.ndarray]:
+    """One stored sequence as inputs and labels.
+
+    The label of a position is the token stored there; its input is the token before it, or `end` at a document's first
+    token. So every stored token is a target once, none depends on another document, and nothing needs to be cut off at
+    a border of documents, chunks or ranks. Fill after `used` tokens is a document without labels.
+    """
+    labels = tokens.astype(np.int64)
+    first = np.zeros(len(labels), bool)
+    first[starts] = True
+    if used < len(labels):
+        first[used] = True
+    inputs = np.where(first, end, np.roll(labels, 1))
+    labels[used:] = IGNORE
+    return {"tokens": inputs, "labels": labels, "starts": first}
+
+
+class Loader:
+    """An endless stream of steps' batches with a position that can be saved.
+
+    path, prepared: a finished folder. batch: sequences in one step of this data-parallel group. global_batch: of all
+    groups. cp: ranks that share a sequence, consecutive.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prepared: Prepared,
+        *,
+        batch: int,
+        global_batch: int,
+        cp: int,
+        shuffle: bool,
+        seed: int,
+        workers: int,
+    ):
+        self.steps_per_epoch = prepared.sequences // global_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"data.path={path}: holds {prepared.sequences} sequences; a step needs {global_batch} "
+                "(train.tokens_per_step / data.sequence_length); prepare more text or lower train.tokens_per_step"
+            )
+        self._epoch_size = self.steps_per_epoch * global_batch
+        streaming = import_streaming()
+        dataset = streaming.StreamingDataset(
+            local=str(path),
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            batch_size=batch,
+            # A whole number of steps: no padding by repetition, whatever dp is.
+            epoch_size=self._epoch_size,
+            # Fixes the order once for any number of nodes; data lies on storage that every node reads.
+            num_canonical_nodes=1,
+            replication=cp if cp > 1 else None,
+        )
+        self._loader = streaming.StreamingDataLoader(
+            dataset,
+            batch_size=batch,
+            num_workers=workers,
+            drop_last=True,
+            collate_fn=partial(_collate, end=prepared.end),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            for batch in self._loader:
+                yield Batch(**batch)
+
+    def state(self) -> dict[str, Any]:
+        """The position after the batches taken so far; JSON."""
+        state = self._loader.state_dict()
+        if state["sample_in_epoch"] >= self._epoch_size:
+            state.update(epoch=state["epoch"] + 1, sample_in_epoch=0)
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after a saved position. Call before iterating."""
+        self._loader.load_state_dict(state)
+
+
+def _collate(samples: list[dict[str, Any]], end: int) -> dict[str, torch.Tensor]:
+    rows = [shifted(s["tokens"], s["starts"], s["used"], end) for s in samples]
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,224 @@
+"""Files, folders or JSONL of text to MDS shards of token sequences."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from foxdist.data.folder import NAME, Prepared, unfinished
+from foxdist.data.packing import Sequence, pack
+from foxdist.data.streaming_import import import_streaming
+from foxdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from foxdist.layout import BLOCK
+
+TEXTS_AT_ONCE = 64  # what a tokenizer with threads gets in one call
+
+
+@dataclass(frozen=True)
+class Options:
+    """One preparation, as asked for on the command line."""
+
+    inputs: tuple[Path, ...]
+    output: Path
+    sequence_length: int
+    tokenizer: str = "byte"
+    train_bpe: int | None = None
+    end: str | None = None
+    text_key: str = "text"
+    shard_mib: int = 64
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the content of the output."""
+        return {
+            "inputs": [str(p.resolve()) for p in self.inputs],
+            "sequence_length": self.sequence_length,
+            "tokenizer": self.tokenizer,
+            "train_bpe": self.train_bpe,
+            "end": self.end,
+            "text_key": self.text_key,
+        }
+
+
+@dataclass
+class Report:
+    """What went in and what came out."""
+
+    documents: int = 0
+    tokens: int = 0
+    sequences: int = 0
+    skipped: list[Path] = field(default_factory=list)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """How often each token occurs."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each document."""
+
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just read."""
+
+
+def find_files(inputs: tuple[Path, ...]) -> list[Path]:
+    """Every file of `inputs`, folders searched in sorted order, hidden files and folders left out."""
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.is_file())
+            files += [p for p in inside if not any(x.startswith(".") for x in p.relative_to(path).parts)]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"INPUT {path}: no such file or folder; must exist; correct the path")
+    if not files:
+        raise ValueError(f"INPUT {' '.join(map(str, inputs))}: holds no file; must hold text; name other inputs")
+    return files
+
+
+def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[Prepared, Report | None]:
+    """Writes `options.output`; the report is None when the same preparation stood there, finished, already.
+
+    Raises `ValueError` for every mistake in the options or the inputs. Nothing that another program wrote is deleted.
+    """
+    if options.sequence_length < 1 or options.sequence_length % BLOCK:
+        raise ValueError(
+            f"--sequence-length {options.sequence_length}: not a whole number of blocks; must be a multiple of "
+            f"{BLOCK}; use {max(1, round(options.sequence_length / BLOCK)) * BLOCK}"
+        )
+    files = find_files(options.inputs)
+    done = _finished(options)
+    if done:
+        return done, None
+    work = unfinished(options.output)
+    shutil.rmtree(work, ignore_errors=True)  # what an interrupted preparation left
+    work.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(options, files)
+    report = Report(histogram=np.zeros(tokenizer.vocab, np.int64))
+    documents = _documents(files, options.text_key, tokenizer, report, progress)
+    _write(work, options, tokenizer, documents, report)
+    if not report.tokens:
+        raise ValueError(
+            f"INPUT {' '.join(map(str, options.inputs))}: holds no text; must hold some; name other inputs"
+        )
+    prepared = Prepared(
+        sequence_length=options.sequence_length,
+        vocab=tokenizer.vocab,
+        end=tokenizer.end,
+        tokenizer=tokenizer.name,
+        sequences=report.sequences,
+        documents=report.documents,
+        tokens=report.tokens,
+        settings=options.settings,
+    )
+    if tokenizer.definition:
+        (work / "tokenizer.json").write_text(tokenizer.definition)
+    (work / NAME).write_text(prepared.model_dump_json(indent=1))
+    work.replace(options.output)
+    return prepared, report
+
+
+def _finished(options: Options) -> Prepared | None:
+    """What stands in the output folder if it is this very preparation. Raises `ValueError` if it is anything else."""
+    output = options.output
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / NAME).is_file():
+        raise ValueError(f"--output {output}: holds other files; must be new or empty; choose another folder")
+    found = Prepared.model_validate_json((output / NAME).read_text())
+    changed = [k for k, v in options.settings.items() if found.settings.get(k) != v]
+    if changed:
+        raise ValueError(
+            f"--output {output}: holds data prepared with another {', '.join(changed)}; finished data is not "
+            "overwritten; choose another --output or delete that folder"
+        )
+    return found
+
+
+def _tokenizer(options: Options, files: list[Path]) -> Tokenizer:
+    if options.train_bpe is not None:
+        texts = (text for _, text in _texts(files, options.text_key, Report(), lambda size: None))
+        return train_bpe(texts, options.train_bpe)
+    if options.tokenizer == "byte":
+        return byte_tokenizer()
+    return load_tokenizer(Path(options.tokenizer), options.end)
+
+
+def _texts(files: list[Path], key: str, report: Report, progress: Progress) -> Iterator[tuple[Path, str]]:
+    """Each document's text. Files that are not UTF-8 text are skipped and reported."""
+    for path in files:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    progress(len(line))
+                    if line.strip():
+                        yield path, _field(line, key, path, number)
+            continue
+        data = path.read_bytes()
+        progress(len(data))
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text:
+            report.skipped.append(path)
+        elif text:
+            yield path, text
+
+
+def _field(line: bytes, key: str, path: Path, number: int) -> str:
+    try:
+        value = json.loads(line)[key]
+    except (ValueError, KeyError, TypeError):
+        value = None
+    if not isinstance(value, str):
+        raise ValueError(
+            f"INPUT {path}:{number}: no JSON object with a text under {key!r}; name the key with --text-key"
+        )
+    return value
+
+
+def _documents(
+    files: list[Path], key: str, tokenizer: Tokenizer, report: Report, progress: Progress
+) -> Iterator[np.ndarray]:
+    """Each document's ids, its end-of-text token last."""
+    batch: list[str] = []
+    for _, text in _texts(files, key, report, progress):
+        batch.append(text)
+        if len(batch) == TEXTS_AT_ONCE:
+            yield from _encode(batch, tokenizer, report)
+            batch = []
+    yield from _encode(batch, tokenizer, report)
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer, report: Report) -> Iterator[np.ndarray]:
+    for ids in tokenizer.encode(texts):
+        document = np.append(ids, tokenizer.end)
+        report.documents += 1
+        report.tokens += len(document)
+        report.lengths.append(len(document))
+        report.histogram += np.bincount(document, minlength=tokenizer.vocab)
+        yield document
+
+
+def _write(
+    folder: Path, options: Options, tokenizer: Tokenizer, documents: Iterator[np.ndarray], report: Report
+) -> None:
+    streaming = import_streaming()
+    length, dtype = options.sequence_length, "uint16" if tokenizer.vocab <= 2**16 else "uint32"
+    columns = {"tokens": f"ndarray:{dtype}:{length}", "starts": "ndarray:int32", "used": "int"}
+    with streaming.MDSWriter(
+        out=str(folder), columns=columns, size_limit=options.shard_mib * 2**20, hashes=["xxh64"]
+    ) as writer:
+        for sequence in pack(documents, length):
+            writer.write(_sample(sequence, length, tokenizer.end, dtype))
+            report.sequences += 1
+
+
+def _sample(sequence: Sequence, length: int, fill: int, dtype: str) -> dict[str, object]:
+    return {
+        "tokens": sequence.tokens(length, fill).astype(dtype),
+        "starts": sequence.starts,
+        "used": sequence.used,
+    }

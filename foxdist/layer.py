@@ -1,0 +1,142 @@
+"""The FoX attention layer: projections, K/V shift, QK-norm, forget gate, attention, output norm and gate.
+
+Follows the published model (LLaMA and Pro kinds). Gates and norms are computed in float32 whatever the dtype of the
+parameters. Gets a context-parallel handle and passes it on; never calls torch.distributed.
+
+B batch, T this rank's tokens, H query heads, K key/value heads, D head dim, F hidden.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention
+from foxdist.attention.meter import Meter
+from foxdist.attention.shift import previous_token
+from foxdist.config import Model
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim, in float32; returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head with a weight for every head and dimension: [B, T, heads, D] -> the same, in float32.
+
+    Returns also the largest |weight| of each head [heads]: the normalised vector is no longer than that times sqrt(D).
+    It is taken here because under ZeRO-3 a parameter is whole only while its own module runs.
+    """
+
+    def __init__(self, heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads * head_dim))
+        self.shape, self.eps = (heads, head_dim), eps
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self.weight.float().view(self.shape)
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight, weight.detach().abs().amax(-1)
+
+
+class FloatLinear(nn.Linear):
+    """A linear map computed in float32 whatever its parameters' dtype: for gates, whose logits are exponentiated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class Attention(nn.Module):
+    """[B, T, F] -> [B, T, F]."""
+
+    def __init__(self, model: Model, acp: Acp | None, cp: ContextParallel | None):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = model.heads, model.groups, model.head_dim
+        self.backend, self.acp, self.cp = model.backend, acp, cp
+        self.rope_base = model.rope_base if model.rope else None
+        hidden, kv = model.hidden, model.groups * model.head_dim
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, kv, bias=False)
+        self.v_proj = nn.Linear(hidden, kv, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.forget_gate = FloatLinear(hidden, model.heads)
+        self.pro = model.kind == "pro"
+        if self.pro:
+            self.k_shift = FloatLinear(hidden, model.groups, bias=False)
+            self.v_shift = FloatLinear(hidden, model.groups, bias=False)
+            self.q_norm = HeadNorm(model.heads, model.head_dim, model.qk_norm_eps)
+            self.k_norm = HeadNorm(model.groups, model.head_dim, model.qk_norm_eps)
+            self.output_norm = HeadNorm(model.heads, model.head_dim, model.norm_eps)
+            self.output_gate = nn.Linear(hidden, hidden, bias=False)
+        self.meter = Meter()
+
+    def forward(self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """starts: [B, T] bool, a document's first token. positions: [T] int64 in the whole sequence, for RoPE."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        acp = self.acp
+        if self.pro:
+            k, v = self._shift(x, k, v, starts)
+            q, q_gain = self.q_norm(q)
+            k, k_gain = self.k_norm(k)
+            if acp is not None:
+                acp = replace(acp, logit_bound=self._logit_bound(q_gain, k_gain, x.dtype))
+        if self.rope_base is not None:
+            q, k = (_rotate(z, positions, self.rope_base) for z in (q, k))
+        # A document's first token forgets all before it; a constant, so no gradient reaches the gate there.
+        log_f = F.logsigmoid(self.forget_gate(x)).masked_fill(starts[..., None], RESET)
+        out, stats = forgetting_attention(
+            q.to(x.dtype),
+            k.to(x.dtype),
+            v.to(x.dtype),
+            log_f,
+            acp=acp,
+            cp=self.cp,
+            backend=self.backend,
+            return_stats=True,
+        )
+        self.meter.add(stats)
+        if self.pro:
+            out = self.output_norm(out)[0].flatten(-2) * torch.sigmoid(self.output_gate(x).float())
+        else:
+            out = out.flatten(-2)
+        return self.o_proj(out.to(x.dtype))
+
+    def _shift(
+        self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_t and v_t mixed with their predecessors: a z_{t-1} + (1 - a) z_t, a a gate of x_t; 0 before a document."""
+        now = torch.stack([k, v], 2)  # [B, T, 2, K, D]
+        before = previous_token(now.flatten(2), self.cp).view_as(now)
+        before = before.masked_fill(starts[..., None, None, None], 0.0)
+        share = torch.sigmoid(torch.stack([self.k_shift(x), self.v_shift(x)], 2))[..., None]  # [B, T, 2, K, 1]
+        mixed = share * before + (1 - share) * now
+        return mixed[:, :, 0], mixed[:, :, 1]
+
+    def _logit_bound(self, q_gain: torch.Tensor, k_gain: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """U [H] >= |scale q.k| from the norm weights alone: no look at q or k, and no communication.
+
+        A normalised vector times its weights is no longer than sqrt(D) * gain; the product of two, times D^-0.5, no
+        more than sqrt(D) * gains. Rounding to `dtype` may lengthen each by half its eps, float32 arithmetic by 1e-5.
+        """
+        rounding = (1 + torch.finfo(dtype).eps / 2) ** 2 * (1 + 2e-5)
+        return q_gain * k_gain.repeat_interleave(self.heads // self.kv_heads) * self.head_dim**0.5 * rounding
+
+
+def _rotate(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
+    """RoPE: turns dimension pairs (d, d + D/2) of [B, T, heads, D] by position * base^(-2d/D). Angles in float64."""
+    half = x.shape[-1] // 2
+    speed = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = positions[:, None] * speed  # [T, D/2]
+    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+    a, b = x.float().split(half, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -1,0 +1,107 @@
+"""Starting and stopping the process group, and the mesh of ranks: dp x cp, with cp innermost.
+
+Rank r is cp rank r % cp of data-parallel group r // cp: the ranks that share a sequence are neighbours, on one host
+wherever cp allows, and mosaicml-streaming's `replication` asks for the same order. DeepSpeed's ZeRO spans all ranks.
+
+| axis | ranks | used by |
+| --- | --- | --- |
+| cp | r // cp equal | attention's exchange, K/V shift |
+| dp | r % cp equal | the data each group reads |
+| world | all | gradients and ZeRO, the loss, checkpoints |
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands. `cp_group` is None without a process group (`--check`)."""
+
+    rank: int
+    world: int
+    local_rank: int
+    cp: int
+    device: torch.device
+    cp_group: dist.ProcessGroup | None = None
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.cp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.cp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.rank % self.cp
+
+
+def world_from_environment() -> int:
+    """How many ranks the launcher started: deepspeed, torchrun, srun, or 1."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def start(cp: int, timeout_minutes: float) -> Mesh:
+    """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world."""
+    _complete_environment()
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    timeout = timedelta(minutes=timeout_minutes)
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        # Ranks of one host share its cores; torch would give each of them all.
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device if gpu else None,
+        )
+    groups = [dist.new_group(range(at, at + cp), timeout=timeout) for at in range(0, world, cp)]
+    return Mesh(rank, world, local, cp, device, groups[rank // cp])
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> None:
+    """Fills in what the launcher left out, in torchrun's names: DeepSpeed and streaming read them too."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        # "2(x3),1": tasks of each node, in order.
+        per_node = [
+            int(n.split("(")[0])
+            for n in env["SLURM_TASKS_PER_NODE"].split(",")
+            for _ in range(int(n.partition("(x")[2].rstrip(")") or 1))
+        ]
+        env["LOCAL_WORLD_SIZE"] = str(per_node[int(env["SLURM_NODEID"])])
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise ValueError(
+                "MASTER_ADDR, MASTER_PORT: not set under srun; must be an address of the job's first node and a free "
+                "port, the same for all ranks; export them before srun"
+            )
+    if "RANK" not in env:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # DeepSpeed's launcher calls it LOCAL_SIZE; without it streaming takes every rank for a node of its own.
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))

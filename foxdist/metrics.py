@@ -1,0 +1,125 @@
+"""From counters on every rank to one finished dict a logged step. Never calls the model, never changes training.
+
+Names are paths with units in parentheses. Everything is added up since the last logged step and reduced over ranks
+only there; between logged steps nothing waits for the device.
+"""
+
+import math
+import resource
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from foxdist.attention.meter import Counts
+from foxdist.config import Config
+from foxdist.layout import BLOCK
+from foxdist.mesh import Mesh
+from foxdist.model import flops_per_token
+
+MIB = 2**20
+# Dense bf16 peak, TFLOP/s, from the makers' data sheets. A GPU that is not listed reports no MFU rather than a guess.
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+_BYTES = ("bytes_sent", "bytes_dense", "bytes_causal", "bytes_gates", "pairs_sent", "pairs", "stages_run")
+
+
+def step_metrics(
+    config: Config, mesh: Mesh, layers: list[Counts], steps: int, seconds: float, parts: dict[str, float]
+) -> dict[str, Any]:
+    """All metrics but the loss's own. Every rank calls; every rank gets the same.
+
+    layers: what each attention layer counted over `steps` steps of `seconds` in all. parts: the clock's.
+    """
+    kept, possible, blocks = _reduce_tiles(layers, mesh.device)
+    tokens = steps * config.train.tokens_per_step
+    result: dict[str, Any] = {"tokens/s": tokens / seconds, "time/step(ms)": 1000 * seconds / steps}
+    result |= {f"time/{name}(ms)": 1000 * value / steps for name, value in parts.items()}
+    result |= _memory(mesh.device)
+    result |= _compute(config, mesh, tokens / seconds, float(kept.sum() / possible.sum() / kept.shape[1]))
+    result |= _tiles(kept, possible, blocks)
+    result |= _traffic(layers, steps, mesh)
+    return result
+
+
+def _reduce_tiles(layers: list[Counts], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over ranks, float64 on the host: tiles kept [L, H], tiles of a head that causality allows [L, 1], query
+    blocks of a head [L, 1]."""
+    kept = torch.stack([torch.as_tensor(c.kept_by_head).double() for c in layers]).to(device)
+    rest = torch.tensor([[c.causal_by_head, c.query_blocks] for c in layers], dtype=torch.float64, device=device)
+    table = torch.cat([kept, rest], 1)
+    dist.all_reduce(table)
+    table = table.cpu()
+    return table[:, :-2], table[:, -2:-1], table[:, -1:]
+
+
+def _tiles(kept: torch.Tensor, possible: torch.Tensor, blocks: torch.Tensor) -> dict[str, Any]:
+    share = 100 * kept / possible
+    window = BLOCK * kept / blocks
+    return {
+        "acp/tiles_kept(%)": float(share.mean()),
+        "acp/window(tokens)": float(window.mean()),
+        "acp/tiles_kept_by_head(%)": _rounded(share),
+        "acp/window_by_head(tokens)": _rounded(window),
+    }
+
+
+def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
+    """A step's traffic; totals are over all ranks, lists one number a rank."""
+    mine = [float(sum(getattr(c, name) for c in layers)) / steps for name in _BYTES]
+    every = [torch.empty(len(mine), dtype=torch.float64, device=mesh.device) for _ in range(mesh.world)]
+    dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=mesh.device))
+    by_rank = dict(zip(_BYTES, torch.stack(every).T.cpu()))
+    sent, dense, causal = (by_rank[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal"))
+    pairs = by_rank["pairs"].sum().clamp_min(1)
+    return {
+        "comm/kv_sent(MiB)": float(sent.sum()),
+        "comm/kv_dense(MiB)": float(dense.sum()),
+        "comm/kv_causal(MiB)": float(causal.sum()),
+        "comm/kv_skipped(MiB)": float((dense - sent).sum()),
+        "comm/kv_skipped_of_causal(MiB)": float((causal - sent).sum()),
+        "comm/gates_sent(MiB)": float(by_rank["bytes_gates"].sum() / MIB),
+        "comm/pairs_skipped(%)": float(100 * (1 - by_rank["pairs_sent"].sum() / pairs)) if mesh.cp > 1 else 0.0,
+        "comm/stages_skipped(%)": float(100 * (1 - by_rank["stages_run"].sum() / pairs)) if mesh.cp > 1 else 0.0,
+        "comm/kv_sent_by_rank(MiB)": _rounded(sent),
+        "comm/kv_skipped_by_rank(MiB)": _rounded(dense - sent),
+    }
+
+
+def _compute(config: Config, mesh: Mesh, rate: float, share: float) -> dict[str, Any]:
+    """FLOPs of the model with attention counted dense, and the share of them that was executed.
+
+    rate: tokens a second of the whole job. share: of the causal tiles that were kept.
+    """
+    matrices, attention = flops_per_token(config.model, config.data.sequence_length)
+    dense = rate / mesh.world * (matrices + attention) / 1e12
+    result = {
+        "perf/model_per_rank(TFLOP/s)": dense,
+        "perf/executed(%)": 100 * (matrices + attention * share) / (matrices + attention),
+    }
+    if mesh.device.type == "cuda":
+        name = torch.cuda.get_device_name(mesh.device)
+        peak = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        if peak:
+            result["perf/mfu(%)"] = 100 * dense / peak
+    return result
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The largest of all ranks."""
+    if device.type == "cuda":
+        name, used = "memory/peak_allocated(GiB)", torch.cuda.max_memory_allocated(device)
+    else:
+        name, used = "memory/peak_resident(GiB)", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.tensor(float(used), dtype=torch.float64, device=device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return {name: float(peak) / 2**30}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _rounded(x: torch.Tensor) -> list:
+    """Nested lists of numbers with six decimals: a table in a log line needs no more."""
+    return [_rounded(row) for row in x] if x.ndim > 1 else [round(float(v), 6) for v in x]

@@ -1,0 +1,127 @@
+"""The Forgetting Transformer: embedding, blocks, head, initialisation, and the count of its parameters and FLOPs.
+
+Pre-norm blocks of attention and SwiGLU, a final norm and an untied head, as published (FoX LLaMA and Pro). The model
+maps tokens and labels of this rank's part of the sequence to the sum of their losses; it knows neither ZeRO nor data.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from foxdist.attention import Acp, ContextParallel
+from foxdist.attention.replay import checkpoint_contexts
+from foxdist.config import Model
+from foxdist.layer import Attention, RMSNorm
+from foxdist.layout import positions
+from foxdist.loss import cross_entropy_sum
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate) * up), gate and up from one projection."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.up = nn.Linear(hidden, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, model: Model, acp: Acp | None, cp: ContextParallel | None):
+        super().__init__()
+        self.attention_norm = RMSNorm(model.hidden, model.norm_eps)
+        self.attention = Attention(model, acp, cp)
+        self.mlp_norm = RMSNorm(model.hidden, model.norm_eps)
+        self.mlp = SwiGLU(model.hidden, model.mlp_width)
+
+    def forward(self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), starts, where)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """Final norm and vocabulary projection, fused with the loss so that full logits never exist."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.norm = RMSNorm(model.hidden, model.norm_eps)
+        self.weight = nn.Parameter(torch.empty(model.vocab, model.hidden))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy_sum(self.norm(x).flatten(0, 1), self.weight, labels.flatten())
+
+
+class FoX(nn.Module):
+    """tokens, labels, starts [B, T] -> sum of the tokens' losses, a float32 scalar. T is this rank's part."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        acp: Acp | None = None,
+        cp: ContextParallel | None = None,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.config, self.cp = model, cp
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = nn.Embedding(model.vocab, model.hidden)
+        self.blocks = nn.ModuleList(Block(model, acp, cp) for _ in range(model.layers))
+        self.head = Head(model)
+        self.apply(self._initialise)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        cp, length = self.cp, tokens.shape[1]
+        where = positions(cp.rank, cp.size, length, cp.layout) if cp else torch.arange(length)
+        where = where.to(tokens.device)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(
+                    block,
+                    x,
+                    starts,
+                    where,
+                    use_reentrant=False,
+                    context_fn=checkpoint_contexts,
+                    preserve_rng_state=False,  # no dropout
+                )
+            else:
+                x = block(x, starts, where)
+        return self.head(x, labels)
+
+    def attention_layers(self) -> list[Attention]:
+        """The attention of each block, from the bottom up."""
+        return [block.attention for block in self.blocks]  # type: ignore[misc]
+
+    def _initialise(self, module: nn.Module) -> None:
+        """All matrices and the embedding N(0, init_std), biases 0, norm weights 1."""
+        if isinstance(module, nn.Linear | nn.Embedding | Head):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def parameter_count(model: Model) -> int:
+    """All parameters, counted without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in FoX(model).parameters())
+
+
+def flops_per_token(model: Model, length: int) -> tuple[float, float]:
+    """FLOPs of forward and backward for one token of a sequence of `length`: (matrices, attention counted dense).
+
+    Two FLOPs a multiply-add, backward twice the forward. Matrices: every parameter that multiplies a token, the
+    embedding and norms left out. Attention: q.k and weights.v over the (length + 1) / 2 keys of the average query.
+    """
+    with torch.device("meta"):
+        fox = FoX(model)
+        matrices = sum(p.numel() for p in fox.parameters() if p.ndim == 2) - fox.embedding.weight.numel()
+    keys = (length + 1) / 2
+    return 6.0 * matrices, 3 * 4.0 * model.heads * model.head_dim * keys * model.layers

@@ -1,0 +1,64 @@
+"""The run folder: what configuration it belongs to, and where things lie in it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from foxdist.config import Config, ConfigError, dump
+
+# What may change between two starts of one run, because it changes neither the model, nor the data, nor the meaning of
+# a step. The length may: a longer run is the usual reason to start again (and it stretches a cosine schedule).
+CHANGEABLE = {
+    "data.workers",
+    "model.backend",
+    "parallel.cp",
+    "parallel.layout",
+    "parallel.overlap",
+    "parallel.schedule",
+    "parallel.timeout_minutes",
+    "parallel.transport",
+    "parallel.zero",
+    "train.activation_checkpointing",
+    "train.micro_batch",
+    "train.run_dir",
+    "train.steps",
+    "train.tokens",
+}
+CHANGEABLE_SECTIONS = {"checkpoint", "metrics"}
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` if the folder belongs to another configuration."""
+    path = config.train.run_dir / "config.yaml"
+    if not path.exists():
+        return
+    before, now = _leaves(yaml.safe_load(path.read_text())), _leaves(yaml.safe_load(dump(config)))
+    changed = [
+        f"{key} was {before.get(key)} and is {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and key not in CHANGEABLE
+        and key.partition(".")[0] not in CHANGEABLE_SECTIONS
+    ]
+    if changed:
+        raise ConfigError(
+            f"train.run_dir={config.train.run_dir}: belongs to a run with another configuration "
+            f"({'; '.join(changed)}); a run keeps its model, data and recipe; set them back, or choose a "
+            "new train.run_dir"
+        )
+
+
+def create(config: Config) -> None:
+    """Makes the folder and writes the resolved configuration into it."""
+    config.train.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.train.run_dir / "config.yaml").write_text(dump(config))
+
+
+def checkpoints(run_dir: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run_dir / "checkpoints"
+
+
+def _leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

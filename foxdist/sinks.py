@@ -1,0 +1,132 @@
+"""Where finished metrics go: the console, `metrics.jsonl`, W&B. Chosen at start; a sink that is off is not there."""
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from foxdist.config import Config, ConfigError
+
+Sink = Callable[[int, dict[str, Any]], None]
+"""Takes a step and its metrics."""
+
+
+def check_wandb(config: Config) -> None:
+    """Raises `ConfigError` if W&B is to be online and nobody is logged in, before anything starts."""
+    if config.metrics.wandb != "online":
+        return
+    import wandb
+
+    if not wandb.api.api_key:
+        raise ConfigError(
+            "metrics.wandb=online: no W&B API key found; must be in WANDB_API_KEY or ~/.netrc; run `wandb login`, or "
+            "set metrics.wandb=offline and upload later with `wandb sync`"
+        )
+
+
+class Sinks:
+    """All sinks of a run, on rank 0. `first_step`: the step after which this process continues."""
+
+    def __init__(self, config: Config, first_step: int):
+        self._progress = _console(config, first_step)
+        self._file = _open_jsonl(config.train.run_dir / "metrics.jsonl", first_step)
+        self._wandb = None if config.metrics.wandb == "disabled" else _start_wandb(config)
+        self._total = config.total_steps
+
+    def __call__(self, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(_flat(values), step=step)
+        if self._progress is None:
+            print(_line(step, self._total, values), flush=True)
+        else:
+            self._progress.update(self._progress.task_ids[0], completed=step, description=_short(values))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _console(config: Config, first_step: int) -> Progress | None:
+    """A progress bar on a terminal; None elsewhere, where each logged step prints a line."""
+    if not sys.stdout.isatty():
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns)
+    progress.add_task("starting", total=config.total_steps, completed=first_step)
+    progress.start()
+    return progress
+
+
+def _line(step: int, total: int, values: dict[str, Any]) -> str:
+    left = (total - step) * values["time/step(ms)"] / 1000
+    return (
+        f"step {step}/{total}  {_short(values)}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3f}  "
+        f"eta {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+    )
+
+
+def _short(values: dict[str, Any]) -> str:
+    text = f"loss {values['loss']:.4f}  {values['tokens/s']:,.0f} tokens/s  tiles {values['acp/tiles_kept(%)']:.1f}%"
+    if values["comm/kv_dense(MiB)"]:
+        text += f"  K/V sent {100 * values['comm/kv_sent(MiB)'] / values['comm/kv_dense(MiB)']:.1f}% of dense"
+    return text
+
+
+def _open_jsonl(path: Path, first_step: int) -> Any:
+    """The file, without lines of steps after the checkpoint that the run continues from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+        new = path.with_suffix(".new")
+        new.write_text("".join(line + "\n" for line in lines))
+        new.replace(path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the last line of a killed run may be half-written
+        return float("inf")
+
+
+def _start_wandb(config: Config) -> Any:
+    """The run's one W&B run, the same after every restart: its id stands in the run folder."""
+    import wandb
+
+    name = config.train.run_dir / "wandb_id"
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex[:8])
+    os.environ.setdefault("WANDB_SILENT", "true")
+    online = config.metrics.wandb == "online"
+    return wandb.init(
+        project=config.metrics.project,
+        name=config.metrics.name or config.train.run_dir.name,
+        id=name.read_text(),
+        resume="allow" if online else None,  # offline, runs of one id join when they are synced
+        mode=config.metrics.wandb,
+        dir=config.train.run_dir,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, float]:
+    """Lists spread over names: `x_by_head(u)` becomes `x_by_head(u)/layer03/head05`, `x_by_rank(u)` `.../rank2`."""
+    flat = {}
+    for name, value in values.items():
+        if not isinstance(value, list):
+            flat[name] = value
+        elif value and isinstance(value[0], list):
+            flat |= {f"{name}/layer{i:02d}/head{j:02d}": v for i, row in enumerate(value) for j, v in enumerate(row)}
+        else:
+            flat |= {f"{name}/rank{i}": v for i, v in enumerate(value)}
+    return flat

@@ -1,0 +1,259 @@
+"""Training, from the command line to the last step.
+
+    deepspeed foxdist/train.py --config configs/NAME.yaml [section.key=value ...]
+    torchrun  foxdist/train.py ...      srun python foxdist/train.py ...      python foxdist/train.py ...
+
+One rank or many, CPU or GPU, the file and its options are the same. Running the same command again continues the run.
+`--check` prints what would run, with its arithmetic, and stops.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, which the interpreter put there: foxdist's modules are not top-level modules
+
+from foxdist import checkpoint, log, run_folder
+from foxdist import config as configuration
+from foxdist import mesh as meshes
+from foxdist.attention import Acp, ContextParallel
+from foxdist.check import describe
+from foxdist.clock import Clock
+from foxdist.config import Config
+from foxdist.data.folder import open_folder
+from foxdist.data.loader import Batch, Loader
+from foxdist.guard import Guard
+from foxdist.layout import shard
+from foxdist.loss import gradient_scale
+from foxdist.mesh import Mesh
+from foxdist.metrics import perplexity, step_metrics
+from foxdist.model import FoX
+from foxdist.optim import learning_rate, make_optimizer
+from foxdist.sinks import Sinks, check_wandb
+from foxdist.zero import make_engine, set_learning_rate
+
+
+@dataclass
+class Run:
+    """Everything a step needs. Built once, by `build`."""
+
+    config: Config
+    mesh: Mesh
+    accumulation: int
+    model: FoX
+    engine: Any
+    loader: Loader
+    guard: Guard
+    clock: Clock
+    step: int = 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="over the file, for example train.steps=100"
+    )
+    parser.add_argument("--check", action="store_true", help="print the resolved run and its arithmetic, and stop")
+    parser.add_argument(
+        "--world", type=int, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    chosen = parser.parse_intermixed_args(arguments)
+    try:
+        config = configuration.load(chosen.config, chosen.overrides)
+        if chosen.check:
+            print(describe(config, chosen.world or _launched() or config.parallel.cp))
+        else:
+            run(config)
+    except ValueError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def run(config: Config) -> None:
+    """Trains to the end of the configured length, from wherever the run folder stands. Every rank calls."""
+    check_before_start(config, meshes.world_from_environment())
+    mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
+    try:
+        log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
+        train(build(config, mesh))
+    finally:
+        meshes.stop()
+
+
+def check_before_start(config: Config, world: int) -> None:
+    """All mistakes that need no process group to be seen. Raises `ValueError`."""
+    configuration.check_world(config, world)
+    prepared = open_folder(config.data.path)
+    if prepared.sequence_length != config.data.sequence_length:
+        raise configuration.ConfigError(
+            f"data.sequence_length={config.data.sequence_length}: {config.data.path} holds sequences of "
+            f"{prepared.sequence_length} tokens; must be equal; set data.sequence_length={prepared.sequence_length} or "
+            f"prepare with --sequence-length {config.data.sequence_length}"
+        )
+    if prepared.vocab > config.model.vocab:
+        raise configuration.ConfigError(
+            f"model.vocab={config.model.vocab}: smaller than the {prepared.vocab} tokens of {config.data.path} "
+            f"({prepared.tokenizer} tokenizer); must be at least that; set model.vocab={prepared.vocab}"
+        )
+    if config.parallel.transport == "nccl" and not torch.cuda.is_available():
+        raise configuration.ConfigError(
+            "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
+        )
+    check_wandb(config)
+    run_folder.check(config)
+
+
+def build(config: Config, mesh: Mesh) -> Run:
+    """Model, engine and data, restored from the newest checkpoint if there is one."""
+    _, accumulation = configuration.check_world(config, mesh.world)
+    if mesh.rank == 0:
+        run_folder.create(config)
+    torch.manual_seed(config.train.seed)
+    options = config.parallel
+    cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp_group else None
+    model = FoX(
+        config.model,
+        acp=Acp(log_eps=config.acp.log_eps, bound=config.acp.bound) if config.acp.enabled else None,
+        cp=cp,
+        activation_checkpointing=config.train.activation_checkpointing,
+    ).to(mesh.device)
+    engine = make_engine(model, make_optimizer(model, config.optim, mesh.device), config, accumulation)
+    per_group = config.train.micro_batch * accumulation
+    loader = Loader(
+        config.data.path,
+        open_folder(config.data.path),
+        batch=per_group,
+        global_batch=per_group * mesh.dp,
+        cp=mesh.cp,
+        shuffle=config.data.shuffle,
+        seed=config.train.seed,
+        workers=config.data.workers,
+    )
+    result = Run(config, mesh, accumulation, model, engine, loader, Guard(model, mesh.device), Clock(mesh.device))
+    saved = checkpoint.load(engine, run_folder.checkpoints(config.train.run_dir), mesh, zero=options.zero)
+    if saved:
+        loader.restore(saved.data)
+        result.step = saved.step
+        log.log.info("continuing %s after step %d", config.train.run_dir, saved.step)
+    return result
+
+
+def train(run: Run) -> None:
+    """The loop: a step, now and then a log entry, now and then a checkpoint."""
+    config, first = run.config, run.step
+    if first >= config.total_steps:
+        log.log.info("%s has reached step %d of %d; nothing to do", config.train.run_dir, first, config.total_steps)
+        return
+    sinks = Sinks(config, first) if run.mesh.rank == 0 else None
+    batches = iter(run.loader)
+    logged, since = first, time.perf_counter()
+    try:
+        while run.step < config.total_steps:
+            loss, targets = train_step(run, batches)
+            if run.step % config.metrics.every == 0 or run.step == config.total_steps:
+                values = collect(run, loss, targets, run.step - logged, time.perf_counter() - since)
+                logged, since = run.step, time.perf_counter()
+                if sinks:
+                    sinks(run.step, values)
+            if run.step % config.checkpoint.every == 0 or run.step == config.total_steps:
+                begun = time.perf_counter()
+                save(run)
+                since += time.perf_counter() - begun  # saving is not training time
+    finally:
+        if sinks:
+            sinks.close()
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
+
+    The host waits for the device in two places: where each layer's plan is read, and where the guard looks at its
+    flags before the update.
+    """
+    config, mesh, engine, clock = run.config, run.mesh, run.engine, run.clock
+    with clock.part("data"):
+        batch = next(batches)
+        # Every rank of a cp group counts the same sequences, hence / cp.
+        totals = torch.tensor([0.0, batch.targets() / mesh.cp], dtype=torch.float64, device=mesh.device)
+        dist.all_reduce(totals)
+    scale = gradient_scale(totals[1], mesh.world).float()
+    run.step += 1
+    set_learning_rate(engine, learning_rate(config, run.step * config.train.tokens_per_step))
+    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for micro in micro_batches(run, batch):
+        with clock.part("forward"):
+            loss = engine(*micro)
+        loss_sum += loss.detach()
+        with clock.part("backward"):
+            engine.backward(loss * scale, scale_wrt_gas=False)
+        with clock.part("optimizer"):
+            if engine.is_gradient_accumulation_boundary():
+                run.guard.check(run.step)
+            engine.step()
+    dist.all_reduce(loss_sum)
+    return loss_sum, totals[1]
+
+
+def micro_batches(run: Run, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """This rank's part of each micro-batch: tokens, labels, starts [micro_batch, T / cp] on the device."""
+    mesh, size = run.mesh, run.config.train.micro_batch
+    parts = [
+        shard(x, mesh.cp_rank, mesh.cp, run.config.parallel.layout).to(mesh.device)
+        for x in (batch.tokens, batch.labels, batch.starts)
+    ]
+    for i in range(run.accumulation):
+        tokens, labels, starts = (x[i * size : (i + 1) * size] for x in parts)
+        yield tokens, labels, starts
+
+
+def collect(run: Run, loss_sum: torch.Tensor, targets: torch.Tensor, steps: int, seconds: float) -> dict[str, Any]:
+    """The metrics of a logged step; every rank calls. `steps` in `seconds` passed since the last."""
+    loss = float(loss_sum / targets)
+    tokens = run.step * run.config.train.tokens_per_step
+    counts = [layer.meter.take() for layer in run.model.attention_layers()]
+    return {
+        "tokens": tokens,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "lr": learning_rate(run.config, tokens),
+        "grad_norm": float(run.engine.get_global_grad_norm()),
+        **step_metrics(run.config, run.mesh, counts, steps, seconds, run.clock.take()),
+    }
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the step just made; every rank calls."""
+    config = run.config
+    checkpoint.save(
+        run.engine,
+        run_folder.checkpoints(config.train.run_dir),
+        run.mesh,
+        step=run.step,
+        zero=config.parallel.zero,
+        data=run.loader.state(),
+        keep=config.checkpoint.keep,
+    )
+
+
+def _launched() -> int | None:
+    world = meshes.world_from_environment()
+    return world if world > 1 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

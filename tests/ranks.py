@@ -1,0 +1,91 @@
+"""Running one function on several gloo ranks of this machine. Processes live for the whole session and are reused."""
+
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 300  # seconds: for one call on all ranks
+
+
+def _serve(rank, size, rendezvous, pipe):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+    )
+    while (job := pipe.recv()) is not None:
+        fn, args = job
+        try:
+            pipe.send((True, fn(rank, size, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class _Pool:
+    def __init__(self, size):
+        self.folder = tempfile.TemporaryDirectory()
+        context = mp.get_context("spawn")
+        self.pipes, self.workers = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            worker = context.Process(
+                target=_serve, args=(rank, size, os.path.join(self.folder.name, "rendezvous"), there), daemon=False
+            )
+            worker.start()
+            self.pipes.append(here)
+            self.workers.append(worker)
+
+    def run(self, fn, args):
+        for pipe in self.pipes:
+            pipe.send((fn, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT):
+                answers.append((False, f"rank {rank} did not answer within {TIMEOUT} s"))
+            else:
+                answers.append(pipe.recv())
+        return answers
+
+    def stop(self, kill=False):
+        for pipe, worker in zip(self.pipes, self.workers):
+            if kill:
+                worker.kill()
+            elif worker.is_alive():
+                pipe.send(None)
+            worker.join(timeout=20)
+            if worker.is_alive():
+                worker.kill()
+        self.folder.cleanup()
+
+
+class Ranks:
+    """Pools of ranks, one for each size, started when first asked for and thrown away after a failure."""
+
+    def __init__(self):
+        self.pools = {}
+
+    def run(self, size, fn, *args):
+        """What `fn(rank, size, *args)` returned on each rank, in rank order; raises what any rank raised.
+
+        `fn` is a module-level function. A failed collective may leave a rank waiting, so a failure ends the pool.
+        """
+        if size not in self.pools:
+            self.pools[size] = _Pool(size)
+        answers = self.pools[size].run(fn, args)
+        errors = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
+        if errors:
+            self.pools.pop(size).stop(kill=True)
+            raise AssertionError("\n".join(errors))
+        return [value for _, value in answers]
+
+    def close(self):
+        for pool in self.pools.values():
+            pool.stop()
+        self.pools = {}
