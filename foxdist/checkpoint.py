@@ -83,8 +83,8 @@ def load(engine: Any, root: Path, mesh: Mesh, *, zero: int) -> Saved | None:
         if (saved.world, saved.zero) != (mesh.world, zero):
             raise ConfigError(
                 f"train.run_dir={root.parent}: its checkpoint of step {saved.step} was saved on {saved.world} "
-                f"ranks with parallel.zero={saved.zero}; this job has {mesh.world} ranks with parallel.zero={zero}; run "
-                f"it on {saved.world} ranks with parallel.zero={saved.zero}, or start a new train.run_dir"
+                f"ranks with parallel.zero={saved.zero}; this job has {mesh.world} ranks with parallel.zero={zero}; "
+                f"run it on {saved.world} ranks with parallel.zero={saved.zero}, or start a new train.run_dir"
             )
         path, _ = engine.load_checkpoint(str(root), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing in {folder}"

@@ -4,6 +4,8 @@ Pre-norm blocks of attention and SwiGLU, a final norm and an untied head, as pub
 maps tokens and labels of this rank's part of the sequence to the sum of their losses; it knows neither ZeRO nor data.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -110,18 +112,26 @@ class FoX(nn.Module):
 
 def parameter_count(model: Model) -> int:
     """All parameters, counted without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in FoX(model).parameters())
+    outside, block, _ = _shapes(model)
+    return outside + model.layers * block
 
 
 def flops_per_token(model: Model, length: int) -> tuple[float, float]:
     """FLOPs of forward and backward for one token of a sequence of `length`: (matrices, attention counted dense).
 
-    Two FLOPs a multiply-add, backward twice the forward. Matrices: every parameter that multiplies a token, the
-    embedding and norms left out. Attention: q.k and weights.v over the (length + 1) / 2 keys of the average query.
+    Two FLOPs a multiply-add, backward twice the forward. Matrices: every parameter that multiplies a token; embedding
+    and norms do not. Attention: q.k and weights.v over the (length + 1) / 2 keys of the average query.
     """
-    with torch.device("meta"):
-        fox = FoX(model)
-        matrices = sum(p.numel() for p in fox.parameters() if p.ndim == 2) - fox.embedding.weight.numel()
     keys = (length + 1) / 2
-    return 6.0 * matrices, 3 * 4.0 * model.heads * model.head_dim * keys * model.layers
+    return 6.0 * _shapes(model)[2], 3 * 4.0 * model.heads * model.head_dim * keys * model.layers
+
+
+@lru_cache
+def _shapes(model: Model) -> tuple[int, int, int]:
+    """Parameters outside the blocks, parameters of one block, and elements of all matrices that multiply a token."""
+    with torch.device("meta"):
+        fox = FoX(model.model_copy(update={"layers": 1}))
+    whole = sum(p.numel() for p in fox.parameters())
+    block = sum(p.numel() for p in fox.blocks.parameters())
+    matrices = sum(p.numel() for p in fox.blocks.parameters() if p.ndim == 2)
+    return whole - block, block, model.layers * matrices + fox.head.weight.numel()

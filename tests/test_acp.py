@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from cases import GATES, gates, inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from foxdist.attention import Acp, forgetting_attention
 from foxdist.attention.acp import largest_norms, measured_bound
 from foxdist.layout import BLOCK
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+from cases import GATES, gates, inputs
 
 
 def brute_force_start(log_f, bound, log_eps):

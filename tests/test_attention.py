@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from cases import GATES, gradients, inputs, relative
+
 from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention
+
+from cases import GATES, gradients, inputs, relative
 
 NAMES = ("out", "dq", "dk", "dv", "dlog_f")
 # Of float32 sums of up to 1,500 terms; the gate's gradient is a sum over the sequence in which two large parts cancel.

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from foxdist.attention import gates
-from foxdist.layout import BLOCK
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from foxdist.attention import gates
+from foxdist.layout import BLOCK
 
 
 def d(c_in, base, i, j):

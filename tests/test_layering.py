@@ -5,8 +5,9 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-import foxdist
 import pytest
+
+import foxdist
 
 PACKAGE = Path(foxdist.__file__).parent
 
@@ -112,7 +113,7 @@ def test_every_row_is_a_module():
 
 
 def test_no_module_shadows_another_package():
-    """`deepspeed foxdist/train.py` puts foxdist/ itself on the path, where a file named logging.py would be `logging`."""
+    """`deepspeed foxdist/train.py` puts foxdist/ itself on the path: a file logging.py there would be `logging`."""
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert not (names - {"__init__", "__pycache__"}) & taken

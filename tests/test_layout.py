@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from foxdist.layout import blocks_of, chunks_of, owner_of, positions, shard, unshard
 
 

@@ -1,4 +1,5 @@
 import torch
+
 from foxdist.attention.merge import merge
 
 EMPTY = torch.zeros(3, 4), torch.full((3,), -torch.inf)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from foxdist.attention import naive_forgetting_attention
 
 

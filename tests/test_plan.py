@@ -1,0 +1,139 @@
+"""The plan of all ranks, without any: against a planner that looks at every tile, and against what a plan must be."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foxdist.attention.exchange import make_route
+from foxdist.attention.plan import causal_counts, choose_schedule, make_plan
+from foxdist.layout import blocks_of, chunk_count
+
+
+@st.composite
+def starts(draw):
+    """(start [B, H, N] as pruning gives it, K, size, layout): never decreasing, never after the diagonal."""
+    size, layout = draw(st.integers(1, 5)), draw(st.sampled_from(["zigzag", "contiguous"]))
+    blocks = chunk_count(size, layout) * draw(st.integers(1, 4))
+    rows, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    seed = draw(st.integers(0, 10_000))
+    reach = draw(st.sampled_from([0, 1, blocks // 3, blocks]))
+    g = np.random.default_rng(seed)
+    raw = np.arange(blocks) - g.integers(0, reach + 1, (rows, kv_heads * group, blocks))
+    start = np.maximum.accumulate(np.clip(raw, 0, None), -1)
+    return np.minimum(start, np.arange(blocks)), kv_heads, size, layout
+
+
+def plan_of(case):
+    start, kv_heads, size, layout = case
+    rows, _, blocks = start.shape
+    chunk = blocks // chunk_count(size, layout)
+    first = start[:, :, ::chunk].reshape(rows, kv_heads, -1, blocks // chunk).min(2)
+    return make_plan(first, blocks, size, layout)
+
+
+def needed(case, receiver):
+    """[B, K, N] bool by brute force: blocks that any query block of `receiver` keeps and that it does not own."""
+    start, kv_heads, size, layout = case
+    rows, heads, blocks = start.shape
+    own = blocks_of(receiver, size, blocks, layout).tolist()
+    wanted = np.zeros((rows, kv_heads, blocks), bool)
+    for b in range(rows):
+        for h in range(heads):
+            for m in own:
+                wanted[b, h // (heads // kv_heads), start[b, h, m] : m + 1] = True
+    wanted[:, :, own] = False
+    return wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(starts())
+def test_a_plan_is_what_brute_force_finds(case):
+    """Every kept block is present, nothing unused travels, and each page comes from its owner, once."""
+    plan = plan_of(case)
+    size, layout = case[2:]
+    owned = [set(blocks_of(r, size, plan.blocks, layout).tolist()) for r in range(size)]
+    for receiver in range(size):
+        arriving = [tuple(p) for sender in range(size) for p in plan.pages(sender, receiver)]
+        assert len(arriving) == len(set(arriving))
+        assert set(arriving) == {tuple(p) for p in np.argwhere(needed(case, receiver))}
+        for sender in range(size):
+            pages = plan.pages(sender, receiver)
+            assert all(block in owned[sender] for _, _, block in pages)
+            assert len(pages) == plan.counts[sender, receiver]
+            assert pages.tolist() == sorted(pages.tolist()), "message order"
+
+
+@settings(max_examples=100, deadline=None)
+@given(starts(), st.sampled_from(["gather", "ring", "auto"]))
+def test_all_ranks_agree(case, schedule):
+    """What i sends j is what j expects of i, in every stage; all stages together are the plan."""
+    plan = plan_of(case)
+    size = plan.size
+    total = np.zeros((size, size), int)
+    for distances in plan.stages(schedule):
+        routes = [make_route(plan, r, distances, "cpu") for r in range(size)]
+        sends, receives = (np.array([getattr(r, side) for r in routes]) for side in ("sends", "receives"))
+        assert np.array_equal(sends, receives.T)
+        assert sends.any(), "a stage in which nothing moves"
+        total += sends
+        for route in routes:
+            assert sorted(route.table[route.table >= 0].tolist()) == list(range(sum(route.receives)))
+            assert len(route.lent) == sum(route.sends)
+    assert np.array_equal(total, plan.counts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(starts())
+def test_routes_move_the_right_blocks(case):
+    """Lend and borrow, played by hand: what lands in a row of the table is the block the table says."""
+    plan = plan_of(case)
+    rows, heads = plan.need.shape[:2]
+    for distances in plan.stages("gather"):
+        routes = [make_route(plan, r, distances, "cpu") for r in range(plan.size)]
+        messages = {}
+        for r, route in enumerate(routes):
+            own = blocks_of(r, plan.size, plan.blocks, plan.layout).tolist()
+            pool = [(b, k, n) for b in range(rows) for k in range(heads) for n in own]
+            for peer, lent in enumerate(route.lent.split(route.sends)):
+                messages[r, peer] = [pool[i] for i in lent]
+        for r, route in enumerate(routes):
+            arrived = [page for peer in range(plan.size) for page in messages[peer, r]]
+            for row, (b, k, n) in enumerate(arrived):
+                assert route.table[b, k, n] == row
+
+
+def test_by_hand():
+    """Four blocks on two ranks, contiguous; the second chunk's head keeps one block before itself."""
+    plan = make_plan(np.array([[[0, 1]]]), 4, 2, "contiguous")
+    assert plan.counts.tolist() == [[0, 1], [0, 0]]
+    assert plan.pages(0, 1).tolist() == [[0, 0, 1]]
+    assert plan.stages("ring") == plan.stages("gather") == ((1,),)
+    assert "0 ->      0      1" in str(plan)
+    nothing = make_plan(np.array([[[0, 2]]]), 4, 2, "contiguous")
+    assert nothing.stages("ring") == nothing.stages("gather") == ()
+
+
+def test_ring_leaves_out_empty_distances():
+    first = np.array([[[0, 1, 3, 5]]])  # each chunk of two blocks keeps one block of the chunk before
+    plan = make_plan(first, 8, 4, "contiguous")
+    assert plan.stages("ring") == ((1,),)
+    assert plan.stages("gather") == ((1,),)
+
+
+def test_auto_gathers_what_fits_in_two_ranks_blocks():
+    def plan(keep):
+        chunk = np.arange(8)
+        return make_plan(np.maximum(0, chunk - keep)[None, None] * 4, 32, 8, "contiguous")
+
+    assert choose_schedule(plan(2)) == "gather"
+    assert choose_schedule(plan(3)) == "ring"
+    assert len(plan(3).stages("auto")) == 3
+
+
+@pytest.mark.parametrize("layout, share", [("contiguous", 0.5), ("zigzag", 0.75)])
+def test_causality_alone_halves_a_dense_ring(layout, share):
+    """Of a dense ring's K/V, the causal need is 1/2 contiguous, and with zigzag 3/4 in the limit of many ranks."""
+    counts = causal_counts(1, 1, 64 * 2, 32, layout)
+    dense = 32 * 31 * (128 // 32)
+    assert counts.sum() / dense == pytest.approx(share, abs=0.02)

@@ -1,0 +1,195 @@
+"""Attention over ranks against its definition on one process, and what really travels."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
+from foxdist.layout import BLOCK, blocks_of, chunk_count, shard, unshard
+
+from cases import gradients, inputs, relative
+
+NAMES = ("out", "dq", "dk", "dv", "dlog_f")
+LENGTH = 1536  # 12 blocks: whole chunks for 2 and 3 ranks in both layouts
+
+
+def whole(kind, kv_heads, length=LENGTH, resets=()):
+    tensors = inputs(2, length, 4, kv_heads, 16, kind, seed=3)
+    tensors[3][:, list(resets)] = RESET
+    weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(4))
+    return tensors, weight
+
+
+def attend(rank, size, case, layout, schedule, acp, overlap=True):
+    """This rank's output, gradients and stats."""
+    tensors, weight = whole(*case)
+    tensors = [shard(x, rank, size, layout).clone().requires_grad_() for x in tensors]
+    cp = ContextParallel(dist.group.WORLD, layout, schedule, overlap)
+    out, stats = forgetting_attention(*tensors, acp=acp, cp=cp, return_stats=True)
+    grads = torch.autograd.grad((out * shard(weight, rank, size, layout)).sum(), tensors)
+    return [x.detach() for x in (out, *grads)], stats
+
+
+def expected(case, acp):
+    tensors, weight = whole(*case)
+    if acp is not None:
+        fn = functools.partial(forgetting_attention, acp=acp)
+    else:
+        fn = naive_forgetting_attention
+    tensors = [x.requires_grad_() for x in tensors]
+    out = fn(*tensors)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
+
+
+CASES = [
+    (2, ("mixed", 4), "zigzag", "gather", None),
+    (2, ("mixed", 1), "contiguous", "ring", None),
+    (3, ("mixed", 2), "zigzag", "ring", Acp(logit_bound=4.0)),
+    (3, ("open", 4), "contiguous", "gather", Acp(logit_bound=4.0)),
+    (3, ("mild", 4), "zigzag", "auto", Acp()),
+    (2, ("harsh", 2), "zigzag", "ring", Acp(logit_bound=4.0)),
+    (3, ("one dead", 4), "contiguous", "ring", Acp(log_eps=-5.0)),
+    (2, ("open", 2, LENGTH, (0, 700, 1024)), "zigzag", "gather", Acp(logit_bound=4.0)),
+]
+
+
+@pytest.mark.parametrize("size, case, layout, schedule, acp", CASES, ids=lambda x: str(x)[:40])
+def test_ranks_give_what_one_process_gives(ranks, size, case, layout, schedule, acp):
+    answers = ranks(size, attend, case, layout, schedule, acp)
+    for i, (name, reference) in enumerate(zip(NAMES, expected(case, acp))):
+        got = unshard([a[0][i] for a in answers], layout)
+        if name == "dlog_f" and len(case) > 2:
+            got[:, list(case[3])] = reference[:, list(case[3])]  # a reset is a constant: its slot means nothing
+        assert relative(got, reference) < (1e-4 if name == "dlog_f" else 1e-5), name
+
+
+@pytest.mark.parametrize("layout, schedule", itertools.product(["zigzag", "contiguous"], ["gather", "ring"]))
+def test_blocking_and_overlapped_give_the_same_bits(ranks, layout, schedule):
+    runs = [
+        ranks(3, attend, ("mixed", 2), layout, schedule, Acp(logit_bound=4.0), overlap)
+        for overlap in (True, False, True)
+    ]
+    for other in runs[1:]:
+        for (a, _), (b, _) in zip(runs[0], other):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def starts_agree(rank, size, case, layout):
+    _, stats = attend(rank, size, case, layout, "auto", Acp(logit_bound=4.0))
+    return stats.start
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_every_rank_finds_the_boundary_one_process_finds(ranks, layout):
+    tensors, _ = whole("mixed", 4)
+    _, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), return_stats=True)
+    assert all(torch.equal(s, stats.start) for s in ranks(3, starts_agree, ("mixed", 4), layout))
+
+
+def count_bytes(rank, size, case, layout, schedule, acp):
+    """Bytes that the backend really was asked to send, by kind, seen below foxdist; and the stats' own count."""
+    sent = {"forward": 0, "backward": 0}
+    phase = "forward"
+    real = dist.batch_isend_irecv
+
+    def spy(operations):
+        for op in operations:
+            if op.op is dist.isend:
+                assert op.tensor.numel(), "an empty message"
+                sent[phase] += op.tensor.numel() * op.tensor.element_size()
+        return real(operations)
+
+    dist.batch_isend_irecv = spy
+    try:
+        tensors, weight = whole(*case)
+        tensors = [shard(x, rank, size, layout).clone().requires_grad_() for x in tensors]
+        cp = ContextParallel(dist.group.WORLD, layout, schedule)
+        out, stats = forgetting_attention(*tensors, acp=acp, cp=cp, return_stats=True)
+        phase = "backward"
+        torch.autograd.grad((out * shard(weight, rank, size, layout)).sum(), tensors)
+    finally:
+        dist.batch_isend_irecv = real
+    return sent, stats
+
+
+def brute_force_pages(start, kv_heads, size, layout):
+    """[P] K/V pages that ranks need of rank p, tile by tile."""
+    rows, heads, blocks = start.shape
+    own = [set(blocks_of(r, size, blocks, layout).tolist()) for r in range(size)]
+    lent = [0] * size
+    for b, k, r in itertools.product(range(rows), range(kv_heads), range(size)):
+        wanted = set()
+        for h in range(k * heads // kv_heads, (k + 1) * heads // kv_heads):
+            for m in own[r]:
+                wanted |= set(range(int(start[b, h, m]), m + 1))
+        for sender in range(size):
+            if sender != r:
+                lent[sender] += len(wanted & own[sender])
+    return lent
+
+
+@pytest.mark.parametrize("layout, schedule", [("zigzag", "gather"), ("contiguous", "ring"), ("zigzag", "ring")])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_only_needed_pages_travel(ranks, layout, schedule, kv_heads):
+    """Counted below foxdist: a page is K and V of one head's block and the gate sums of its query heads, float32."""
+    size, dim, group = 3, 16, 4 // kv_heads
+    answers = ranks(size, count_bytes, ("mixed", kv_heads), layout, schedule, Acp(logit_bound=4.0))
+    start = answers[0][1].start
+    assert start.max() > 0
+    kv, gate = 2 * BLOCK * dim * 4, group * BLOCK * 4
+    lent = brute_force_pages(start, kv_heads, size, layout)
+    for rank, (sent, stats) in enumerate(answers):
+        assert stats.bytes_sent == lent[rank] * kv
+        assert sent["forward"] == lent[rank] * (kv + gate)
+        assert stats.bytes_dense == (size - 1) * 2 * kv_heads * (LENGTH // size // BLOCK) * kv
+        assert stats.bytes_sent <= stats.bytes_causal <= stats.bytes_dense
+    # Backward: the same pages again, and every borrowed page's gradients home (a page lent is a page returned).
+    assert sum(a[0]["backward"] for a in answers) == 2 * sum(lent) * (kv + gate)
+
+
+def test_nothing_travels_when_nothing_is_kept_of_others(ranks):
+    """Documents that end where ranks end: no bytes at all, in either direction."""
+    size, layout = 2, "contiguous"
+    case = ("open", 4, LENGTH, (0, LENGTH // 2))
+    for sent, stats in ranks(size, count_bytes, case, layout, "auto", Acp(logit_bound=4.0)):
+        assert sent == {"forward": 0, "backward": 0}
+        assert (stats.bytes_sent, stats.pairs_sent, stats.stages_run, stats.pairs) == (0, 0, 0, 1)
+
+
+def test_dense_sends_what_causality_needs(ranks):
+    for sent, stats in ranks(3, count_bytes, ("open", 4), "zigzag", "ring", None):
+        assert stats.bytes_sent == stats.bytes_causal
+        assert sent["forward"] == stats.bytes_sent + stats.bytes_gates
+
+
+def reject(rank, size):
+    tensors = inputs(1, 384, 2)
+    try:
+        forgetting_attention(*tensors, cp=ContextParallel(dist.group.WORLD, "zigzag"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_length_that_does_not_divide_is_named(ranks):
+    assert all("multiple of 256" in text for text in ranks(2, reject))
+
+
+@pytest.mark.parametrize("options, word", [({"layout": "striped"}, "layout"), ({"schedule": "fast"}, "schedule")])
+def test_unknown_options_are_named(options, word):
+    with pytest.raises(ValueError, match=f"parallel.{word}"):
+        ContextParallel(None, **options)
+
+
+def test_one_rank_is_no_special_case(ranks):
+    (got, _), = ranks(1, attend, ("mixed", 2), "zigzag", "auto", None)  # fmt: skip
+    tensors, _ = whole("mixed", 2)
+    reference = gradients(forgetting_attention, tensors)
+    assert torch.equal(got[0], reference[0])
+
+
+def test_chunks_and_blocks_fit_the_cases():
+    assert all(LENGTH % (BLOCK * chunk_count(size, layout)) == 0 for size, _, layout, *_ in CASES)
