@@ -4,11 +4,14 @@ Hooks set one flag for each part of the model in forward (its output) and in bac
 on the device. One small all-reduce and one read a step decide on all ranks alike.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from foxdist.model import FoX
+from foxdist.model import Block, FoX
 
 
 class NonFiniteError(RuntimeError):
@@ -19,28 +22,32 @@ class Guard:
     """Watches a model from now on. `check` once a step, after the last backward and before the update."""
 
     def __init__(self, model: FoX, device: torch.device):
-        parts: list[tuple[str, nn.Module]] = [("embedding", model.embedding)]
-        parts += [(f"layer {i}", block) for i, block in enumerate(model.blocks)]
-        parts += [("head and loss", model.head)]
+        parts: list[tuple[str, list[nn.Module]]] = [("the embedding", [model.embedding])]
+        for i, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            parts.append((f"layer {i} attention", [block.attention_norm, block.attention]))
+            parts.append((f"layer {i} MLP", [block.mlp_norm, block.mlp]))
+        parts.append(("the head and loss", [model.head]))
         self.names = [name for name, _ in parts]
-        self.flags = torch.zeros(2, len(parts), dtype=torch.bool, device=device)  # forward, backward
-        for i, (_, part) in enumerate(parts):
-            part.register_forward_hook(lambda _module, _inputs, out, i=i: self._note(0, i, out))
-            for parameter in part.parameters():
+        self.flags = torch.zeros(2, len(parts), device=device)  # forward, backward: NaN once something was not finite
+        for i, (_, modules) in enumerate(parts):
+            modules[-1].register_forward_hook(lambda _module, _inputs, out, i=i: self._note(0, i, out))
+            for parameter in (p for module in modules for p in module.parameters()):
                 parameter.register_hook(lambda grad, i=i: self._note(1, i, grad))
 
     def _note(self, direction: int, part: int, x: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.flags[direction, part] |= ~torch.isfinite(x).all()
+        # 0 * inf and 0 * NaN are NaN: two small operations, and no read.
+        self.flags[direction, part].add_(x.detach().sum(dtype=torch.float32), alpha=0)
 
     def check(self, step: int) -> None:
-        """Raises `NonFiniteError` on every rank if any rank saw a non-finite value since the last check."""
-        worst = self.flags.int()
+        """Raises `NonFiniteError` on every rank if any rank saw a non-finite value, now or in an earlier step."""
+        mine = self.flags.isnan().int()
+        worst = mine.clone()
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if not bool(worst.any()):
             return
-        every = [torch.empty_like(worst) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, self.flags.int())
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
         raise NonFiniteError(self._describe(step, torch.stack(every).bool().cpu()))
 
     def _describe(self, step: int, flags: torch.Tensor) -> str:
@@ -56,4 +63,18 @@ class Guard:
         return (
             f"step {step}: the {what} of {self.names[part]} is not finite on rank {where}; the update was not made and "
             "the last checkpoint is good; lower optim.lr, or look at the data of this step"
+        )
+
+
+def check_update(engine: Any, step: int) -> None:
+    """Raises `NonFiniteError` after an update whose gradient norm was not finite, though every rank's gradients were.
+
+    Their sum, or its square, is beyond float32 then. DeepSpeed leaves the update out (ZeRO 1 and 2) or makes it with
+    gradients clipped to nothing (3), and goes on with a line of log at most.
+    """
+    norm = float(engine.get_global_grad_norm())
+    if engine.skipped_steps or not math.isfinite(norm):
+        raise NonFiniteError(
+            f"step {step}: the norm of all ranks' gradients together is {norm}, though each rank's are finite; the "
+            "update was left out or empty, and the last checkpoint is good; lower optim.lr"
         )

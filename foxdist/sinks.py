@@ -1,12 +1,14 @@
 """Where finished metrics go: the console, `metrics.jsonl`, W&B. Chosen at start; a sink that is off is not there."""
 
 import json
+import netrc
 import os
 import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -20,9 +22,10 @@ def check_wandb(config: Config) -> None:
     """Raises `ConfigError` if W&B is to be online and nobody is logged in, before anything starts."""
     if config.metrics.wandb != "online":
         return
-    import wandb
-
-    if not wandb.api.api_key:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    stored = file.is_file() and netrc.netrc(file).authenticators(host)
+    if not (stored or os.environ.get("WANDB_API_KEY")):
         raise ConfigError(
             "metrics.wandb=online: no W&B API key found; must be in WANDB_API_KEY or ~/.netrc; run `wandb login`, or "
             "set metrics.wandb=offline and upload later with `wandb sync`"

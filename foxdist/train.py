@@ -30,7 +30,7 @@ from foxdist.clock import Clock
 from foxdist.config import Config
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, Loader
-from foxdist.guard import Guard
+from foxdist.guard import Guard, NonFiniteError, check_update
 from foxdist.layout import shard
 from foxdist.loss import gradient_scale
 from foxdist.mesh import Mesh
@@ -74,25 +74,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         if chosen.check:
-            print(describe(config, chosen.world or _launched() or config.parallel.cp))
-        else:
-            run(config)
-    except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+            print(describe(config, chosen.world or max(meshes.world_from_environment(), config.parallel.cp)))
+            return 0
+        check_before_start(config, meshes.world_from_environment())
+        mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
+        log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
+        run = build(config, mesh)
+    except ValueError as error:  # the user's to mend; anything else is ours, and keeps its traceback
+        return _fail(error, 2)
+    try:
+        train(run)
+    except NonFiniteError as error:
+        return _fail(error, 1)
+    meshes.stop()
     return 0
 
 
-def run(config: Config) -> None:
-    """Trains to the end of the configured length, from wherever the run folder stands. Every rank calls."""
-    check_before_start(config, meshes.world_from_environment())
-    mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
-    try:
-        log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        train(build(config, mesh))
-    finally:
-        meshes.stop()
+def _fail(error: Exception, status: int) -> int:
+    """Says once, whatever the number of ranks, what ended the run."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return status
 
 
 def check_before_start(config: Config, world: int) -> None:
@@ -205,6 +207,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.
             if engine.is_gradient_accumulation_boundary():
                 run.guard.check(run.step)
             engine.step()
+    check_update(engine, run.step)
     dist.all_reduce(loss_sum)
     return loss_sum, totals[1]
 
@@ -248,11 +251,6 @@ def save(run: Run) -> None:
         data=run.loader.state(),
         keep=config.checkpoint.keep,
     )
-
-
-def _launched() -> int | None:
-    world = meshes.world_from_environment()
-    return world if world > 1 else None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
     try:
-        total = sum(p.stat().st_size for p in find_files(options.inputs))
+        total = sum(p.stat().st_size for p in find_files(options.inputs, options.exclude))
         # A BPE is trained on the same files first, and that pass has no bar of its own.
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
@@ -50,7 +50,7 @@ def _print_report(options: Options, tokenizer: str, report: Report) -> None:
     used = int((report.histogram > 0).sum())
     print(f"tokens by id ({used:,} of {len(report.histogram):,} ids occur), the ten most frequent:")
     top = np.argsort(-report.histogram, kind="stable")[: min(10, used)]
-    _bars([f"{i:>9}" for i in top], report.histogram[top])
+    _bars([f"{i:>9} {report.text_of(np.array([i]))!r:<10}" for i in top], report.histogram[top])
 
 
 def _bars(labels: list[str], counts: np.ndarray) -> None:
@@ -69,11 +69,12 @@ def _parse(arguments: list[str] | None) -> Options:
     p.add_argument("--train-bpe", type=int, metavar="N", help="train a byte-level BPE of N tokens on the inputs")
     p.add_argument("--end", metavar="TOKEN", help="the tokenizer's end-of-text token, if it has an unusual name")
     p.add_argument("--text-key", default="text", metavar="KEY", help="where .jsonl lines hold the text")
+    p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and folders to leave out")
     p.add_argument("--shard-mib", type=int, default=64, metavar="N", help="size of a shard; default: %(default)s")
     chosen = parser.parse_args(arguments)
     if chosen.train_bpe is not None and chosen.tokenizer != "byte":
         p.error("--train-bpe and --tokenizer exclude each other; give one of them")
-    return Options(**{**vars(chosen), "inputs": tuple(chosen.inputs)})
+    return Options(**{**vars(chosen), "inputs": tuple(chosen.inputs), "exclude": tuple(chosen.exclude)})
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ class Loader:
             num_workers=workers,
             drop_last=True,
             collate_fn=partial(_collate, end=prepared.end),
+            # Forked, because a fresh interpreter would import streaming by its own door.
+            multiprocessing_context="fork" if workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:

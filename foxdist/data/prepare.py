@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class Options:
     train_bpe: int | None = None
     end: str | None = None
     text_key: str = "text"
+    exclude: tuple[str, ...] = ()
     shard_mib: int = 64
 
     @property
@@ -40,6 +42,7 @@ class Options:
             "train_bpe": self.train_bpe,
             "end": self.end,
             "text_key": self.text_key,
+            "exclude": list(self.exclude),
         }
 
 
@@ -55,19 +58,27 @@ class Report:
     """How often each token occurs."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each document."""
+    text_of: Callable[[np.ndarray], str] = str
+    """The tokenizer's decoder."""
 
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just read."""
 
 
-def find_files(inputs: tuple[Path, ...]) -> list[Path]:
-    """Every file of `inputs`, folders searched in sorted order, hidden files and folders left out."""
+def find_files(inputs: tuple[Path, ...], exclude: tuple[str, ...] = ()) -> list[Path]:
+    """Every file of `inputs`, folders searched in sorted order.
+
+    Left out is what has a hidden name, or one that matches a pattern of `exclude`, anywhere in its path in a folder.
+    """
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.is_file())
-            files += [p for p in inside if not any(x.startswith(".") for x in p.relative_to(path).parts)]
+            hidden = (".*", *exclude)
+            for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                parts = file.relative_to(path).parts
+                if not any(fnmatch(part, pattern) for part in parts for pattern in hidden):
+                    files.append(file)
         elif path.is_file():
             files.append(path)
         else:
@@ -87,7 +98,7 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
             f"--sequence-length {options.sequence_length}: not a whole number of blocks; must be a multiple of "
             f"{BLOCK}; use {max(1, round(options.sequence_length / BLOCK)) * BLOCK}"
         )
-    files = find_files(options.inputs)
+    files = find_files(options.inputs, options.exclude)
     done = _finished(options)
     if done:
         return done, None
@@ -95,7 +106,7 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted preparation left
     work.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(options, files)
-    report = Report(histogram=np.zeros(tokenizer.vocab, np.int64))
+    report = Report(histogram=np.zeros(tokenizer.vocab, np.int64), text_of=tokenizer.decode)
     documents = _documents(files, options.text_key, tokenizer, report, progress)
     _write(work, options, tokenizer, documents, report)
     if not report.tokens:

@@ -4,6 +4,7 @@ It imports torchvision for its image datasets. Beside a CPU build of torch, torc
 operators, and registering fake versions of two of them fails. Declaring those two is all it takes to import.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -21,4 +22,6 @@ def import_streaming() -> Any:
                 _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import streaming
 
+    # It warns at every start that `replication` needs care when resuming; loader.py takes it, and a test shows it.
+    logging.getLogger("streaming").setLevel(logging.ERROR)
     return streaming

@@ -22,6 +22,8 @@ class Tokenizer:
     """The token after each document; it also stands before the first token of a document as input."""
     encode: Callable[[list[str]], list[np.ndarray]]
     """Ids (int64) of several texts, without the end-of-text token."""
+    decode: Callable[[np.ndarray], str]
+    """The text of ids."""
     definition: str | None = None
     """Its tokenizer.json."""
 
@@ -32,7 +34,10 @@ def byte_tokenizer() -> Tokenizer:
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
 
-    return Tokenizer("byte", 257, 256, encode)
+    def decode(ids: np.ndarray) -> str:
+        return bytes(ids[ids < 256].astype(np.uint8)).decode(errors="replace")
+
+    return Tokenizer("byte", 257, 256, encode, decode)
 
 
 def load_tokenizer(path: Path, end: str | None = None) -> Tokenizer:
@@ -78,4 +83,7 @@ def _wrap(inner: tokenizers.Tokenizer, name: str, ends: tuple[str, ...]) -> Toke
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [np.array(e.ids, np.int64) for e in inner.encode_batch(texts, add_special_tokens=False)]
 
-    return Tokenizer(name, inner.get_vocab_size(), ids[0], encode, inner.to_str())
+    def decode(ids: np.ndarray) -> str:
+        return inner.decode(ids.tolist())
+
+    return Tokenizer(name, inner.get_vocab_size(), ids[0], encode, decode, inner.to_str())

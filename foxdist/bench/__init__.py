@@ -1,0 +1,1 @@
+"""Measurements behind a correctness gate: python -m foxdist.bench attention."""

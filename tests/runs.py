@@ -1,0 +1,98 @@
+"""Small data folders and configurations for tests that train."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from foxdist import config as configuration
+from foxdist.data.prepare import Options, prepare
+
+TRAIN = Path(configuration.__file__).with_name("train.py")
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "quietly",
+    "brew",
+]
+
+
+def write_texts(folder, documents=40, seed=0):
+    """Text files of 50 to 1,500 words."""
+    folder.mkdir(parents=True)
+    g = random.Random(seed)
+    for i in range(documents):
+        words = [g.choice(WORDS) for _ in range(g.randint(50, 1500))]
+        (folder / f"{i:03d}.txt").write_text(" ".join(words))
+    return folder
+
+
+def write_data(folder, length=512, documents=40):
+    """A prepared folder of sequences of `length` tokens."""
+    texts = write_texts(folder.with_name(folder.name + "-texts"), documents)
+    prepare(Options(inputs=(texts,), output=folder, sequence_length=length))
+    return folder
+
+
+def tree(data, run_dir, **changes):
+    """A configuration of a very small model; `changes` are section__key=value."""
+    base = {
+        "model": {"hidden": 32, "layers": 2, "heads": 2, "vocab": 257, "mlp_ratio": 1.0},
+        "data": {"path": str(data), "sequence_length": 512, "workers": 0},
+        "parallel": {"cp": 1, "zero": 1},
+        "optim": {"lr": 5e-3, "warmup_tokens": 4096},
+        "train": {"run_dir": str(run_dir), "tokens_per_step": 2048, "steps": 20, "precision": "fp32"},
+        "checkpoint": {"every": 1000},
+        "metrics": {"every": 1, "wandb": "disabled"},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        base[section][key] = value
+    return base
+
+
+def rows(run_dir):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_yaml(folder, values):
+    """The configuration as a file; YAML reads JSON."""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def command(config, *overrides, ranks=1):
+    """The command that trains on `ranks` ranks."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, str(TRAIN), "--config", str(config), *overrides]
+
+
+def launch(config, *overrides, ranks=1, expect=0):
+    """Runs training to its end and returns what it printed."""
+    done = subprocess.run(
+        command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment()
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def environment():
+    """This process's, without what a launcher or a pool of ranks left in it."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY"}
+    return {k: v for k, v in os.environ.items() if k not in drop} | {"OMP_NUM_THREADS": "1"}

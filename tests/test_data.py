@@ -1,0 +1,245 @@
+"""From text to batches: nothing lost, nothing doubled, the same order whatever the ranks, exact after a restart."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foxdist.data.__main__ import main
+from foxdist.data.folder import open_folder, unfinished
+from foxdist.data.loader import Loader, shifted
+from foxdist.data.packing import pack
+from foxdist.data.prepare import Options, prepare
+from foxdist.data.streaming_import import import_streaming
+from foxdist.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from foxdist.loss import IGNORE
+
+from runs import write_data, write_texts
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 300), max_size=200), st.integers(1, 100))
+def test_packing_keeps_every_token_once(lengths, length):
+    documents = [np.full(n, i) for i, n in enumerate(lengths)]
+    sequences = list(pack(documents, length))
+    assert all(0 < s.used <= length for s in sequences)
+    assert all(len(s.tokens(length, -1)) == length for s in sequences)
+    packed = np.concatenate([np.concatenate(s.pieces) for s in sequences]) if sequences else np.array([], int)
+    assert np.array_equal(np.bincount(packed, minlength=len(lengths)), lengths)
+    # A document that fits is in one piece.
+    pieces = [int(p[0]) for s in sequences for p in s.pieces]
+    assert all(pieces.count(i) == -(-n // length) for i, n in enumerate(lengths))
+
+
+def test_packing_wastes_little():
+    g = np.random.default_rng(0)
+    documents = [np.zeros(n, int) for n in g.integers(10, 3000, 3000)]
+    sequences = list(pack(documents, 2048))
+    assert sum(s.used for s in sequences) / (len(sequences) * 2048) > 0.97
+
+
+def test_inputs_and_labels_by_hand():
+    """Documents a b END and c END, and two tokens of fill."""
+    row = shifted(np.array([1, 2, 9, 3, 9, 9, 9]), np.array([0, 3]), 5, 9)
+    assert row["tokens"].tolist() == [9, 1, 2, 9, 3, 9, 9]
+    assert row["labels"].tolist() == [1, 2, 9, 3, 9, IGNORE, IGNORE]
+    assert row["starts"].tolist() == [True, False, False, True, False, True, False]
+
+
+def test_prepared_text_is_the_text(tmp_path):
+    texts = write_texts(tmp_path / "texts", 12)
+    (texts / "ünïcode.txt").write_text("naïve — 漢字 🦊" * 100)
+    prepared, report = prepare(Options(inputs=(texts,), output=tmp_path / "data", sequence_length=256))
+    dataset = import_streaming().StreamingDataset(local=str(tmp_path / "data"), batch_size=1, shuffle=False)
+    found, long = [], {}
+    for row in dataset:
+        bounds = [*row["starts"], row["used"]]
+        for a, b in itertools.pairwise(bounds):
+            found.append(row["tokens"][a:b])
+    joined = b"".join(bytes(piece[piece < 256].astype(np.uint8)) for piece in found)
+    for path in texts.iterdir():
+        data = path.read_bytes()
+        if len(data) < 256:
+            assert data in joined
+        long[path.name] = len(data) + 1
+    assert sum(len(p) for p in found) == prepared.tokens == sum(long.values()) == sum(report.lengths)
+    assert sum(int((p == 256).sum()) for p in found) == prepared.documents == 13
+    assert prepared.sequences == len(dataset)
+    assert report.histogram.sum() == prepared.tokens
+
+
+def test_jsonl_and_bpe(tmp_path, capsys):
+    lines = [{"id": i, "body": f"line {i} of a small corpus " * 20} for i in range(50)]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    arguments = ["prepare", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--sequence-length", "128"]
+    assert main([*arguments, "--text-key", "body", "--train-bpe", "300"]) == 0
+    printed = capsys.readouterr().out
+    assert "50 documents" in printed
+    assert "most frequent" in printed
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    ids = tokenizer.encode([lines[7]["body"]])[0]
+    assert tokenizer.decode(ids) == lines[7]["body"]
+    assert open_folder(tmp_path / "out").vocab == tokenizer.vocab == 300
+
+
+def test_bpe_knows_all_bytes():
+    tokenizer = train_bpe(["abc abd"], 300)
+    text = "日本 \x01 🦊"
+    assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+    assert byte_tokenizer().decode(byte_tokenizer().encode([text])[0]) == text
+
+
+def test_rerun_changes_nothing_and_half_is_detected(tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts", 5)
+    arguments = ["prepare", str(texts), "--output", str(tmp_path / "data"), "--sequence-length", "128"]
+    assert main(arguments) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    assert main(arguments) == 0
+    assert "already prepared" in capsys.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    assert main([*arguments[:-1], "256"]) == 2
+    assert "another sequence_length" in capsys.readouterr().err
+
+    os.rename(tmp_path / "data", unfinished(tmp_path / "data"))  # what a kill leaves
+    with pytest.raises(ValueError, match="did not finish"):
+        open_folder(tmp_path / "data")
+    assert main(arguments) == 0
+    assert open_folder(tmp_path / "data").documents == 5
+    assert not unfinished(tmp_path / "data").exists()
+
+
+def test_a_kill_while_writing_leaves_no_folder(tmp_path, monkeypatch):
+    from foxdist.data import prepare as module
+
+    texts = write_texts(tmp_path / "texts", 5)
+    options = Options(inputs=(texts,), output=tmp_path / "data", sequence_length=128)
+    real = module._sample
+    calls = []
+    monkeypatch.setattr(module, "_sample", lambda *a: calls.append(0) or (real(*a) if len(calls) < 20 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        prepare(options)
+    assert not options.output.exists()
+    with pytest.raises(ValueError, match="did not finish"):
+        open_folder(options.output)
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["absent.txt", "--output", "o"], "no such file or folder"),
+        (["empty", "--output", "o"], "holds no file"),
+        (["texts", "--output", "o", "--sequence-length", "100"], "multiple of 128; use 128"),
+        (["texts", "--output", "texts"], "holds other files"),
+        (["texts", "--output", "o", "--tokenizer", "absent.json"], "no such file"),
+        (["texts", "--output", "o", "--tokenizer", "bad.json"], "not a Hugging Face"),
+        (["texts", "--output", "o", "--train-bpe", "100"], "at least 257"),
+        (["bad.jsonl", "--output", "o"], "bad.jsonl:2"),
+        (["binary", "--output", "o"], "holds no text"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "texts", 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "x.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not fine"}\n')
+    assert main(["prepare", *arguments]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_excluded_names_are_left_out(tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts", 3)
+    write_texts(texts / "site-packages", 4)
+    (texts / "module.pyc").write_text("text, but compiled by name")
+    common = ["prepare", str(texts), "--sequence-length", "128"]
+    assert main([*common, "--output", str(tmp_path / "a"), "--exclude", "site-packages", "*.pyc"]) == 0
+    assert open_folder(tmp_path / "a").documents == 3
+
+
+@pytest.mark.parametrize("damage", ["missing shard", "short shard", "no index", "bad description"])
+def test_damaged_folders_are_named(tmp_path, damage):
+    data = write_data(tmp_path / "data", documents=5)
+    shard = data / "shard.00000.mds"
+    if damage == "missing shard":
+        shard.unlink()
+    elif damage == "short shard":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif damage == "no index":
+        (data / "index.json").unlink()
+    else:
+        (data / "foxdist.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data\.path="):
+        open_folder(data)
+
+
+# ---- loading
+
+
+def read(rank, size, data, cp, batch, steps, state, workers=0):
+    """Steps' sequences of this rank as lists of bytes, and the state after each."""
+    prepared = open_folder(data)
+    dp = size // cp
+    loader = Loader(data, prepared, batch=batch // dp, global_batch=batch, cp=cp, shuffle=True, seed=5, workers=workers)
+    if state:
+        loader.restore(state)
+    taken, states = [], []
+    for _, batch_ in zip(range(steps), loader):
+        taken.append([row.numpy().tobytes() for row in batch_.labels])
+        states.append(loader.state())
+    return taken, states
+
+
+def by_step(answers, cp):
+    """The set of sequences of each step, over data-parallel groups; ranks of a cp group must agree."""
+    for rank, (taken, _) in enumerate(answers):
+        assert taken == answers[rank - rank % cp][0], "ranks of a cp group differ"
+    groups = [answers[r][0] for r in range(0, len(answers), cp)]
+    return [sorted(itertools.chain(*(g[i] for g in groups))) for i in range(len(groups[0]))]
+
+
+def test_order_does_not_depend_on_ranks_and_resumes_across_epochs(ranks, tmp_path):
+    data = write_data(tmp_path / "data", documents=24)
+    batch = 8
+    per_epoch = open_folder(data).sequences // batch
+    steps = 2 * per_epoch + 3
+    alone = ranks(1, read, data, 1, batch, steps, None)
+    expected = by_step(alone, 1)
+    assert len({s for step in expected[:per_epoch] for s in step}) == per_epoch * batch, "an epoch repeats nothing"
+    assert expected[:per_epoch] != expected[per_epoch : 2 * per_epoch], "epochs differ in order"
+    for size, cp in ((2, 1), (2, 2), (4, 2)):
+        assert by_step(ranks(size, read, data, cp, batch, steps, None), cp) == expected
+    for at in (0, 2, per_epoch - 1, per_epoch, steps - 2):
+        state = alone[0][1][at]
+        assert json.loads(json.dumps(state)) == state
+        assert by_step(ranks(2, read, data, 1, batch, steps - at - 1, state), 1) == expected[at + 1 :], at
+
+
+def test_worker_processes_change_nothing(ranks, tmp_path):
+    data = write_data(tmp_path / "data", documents=24)
+    plain, workers = (by_step(ranks(1, read, data, 1, 4, 6, None, n), 1) for n in (0, 2))
+    assert plain == workers
+
+
+def test_too_little_data_is_named(tmp_path):
+    data = write_data(tmp_path / "data", documents=2)
+    with pytest.raises(ValueError, match="a step needs 512"):
+        read(0, 1, data, 1, 512, 1, None)
+
+
+def test_batches_hold_what_training_reads(tmp_path):
+    data = write_data(tmp_path / "data", documents=10)
+    batch = next(iter(Loader(data, open_folder(data), batch=4, global_batch=4, cp=1, shuffle=True, seed=0, workers=0)))
+    assert batch.tokens.shape == batch.labels.shape == batch.starts.shape == (4, 512)
+    assert (batch.tokens.dtype, batch.starts.dtype) == (torch.int64, torch.bool)
+    assert batch.starts[:, 0].all()
+    assert batch.tokens[batch.starts].eq(256).all()
+    inside = ~batch.starts[:, 1:] & (batch.labels[:, 1:] != IGNORE)
+    assert torch.equal(batch.tokens[:, 1:][inside], batch.labels[:, :-1][inside])
+    assert batch.targets() == int((batch.labels != IGNORE).sum())

@@ -1,0 +1,402 @@
+"""Training end to end on real data: the same numbers on any mesh, exact restarts, and a stop before a bad update."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from foxdist import config as configuration
+from foxdist import mesh as meshes
+from foxdist import train as training
+from foxdist.guard import NonFiniteError
+from foxdist.log import log
+
+from runs import command, environment, launch, rows, tree, write_data, write_yaml
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("train") / "data")
+
+
+def curves(rank, size, values, folder, variants):
+    """(losses, gradient norms) of the whole run for each variant of the configuration."""
+    found = []
+    for i, changes in enumerate(variants):
+        config = configuration.parse(merge(values, changes, str(folder / f"{size}-{values['parallel']['cp']}-{i}")))
+        mesh = meshes.start(config.parallel.cp, 2)
+        run = training.build(config, mesh)
+        training.train(run)
+        found.append([[r["loss"], r["grad_norm"]] for r in rows(config.train.run_dir)] if rank == 0 else None)
+    return found
+
+
+def merge(values, changes, run_dir):
+    values = json.loads(json.dumps(values))
+    for name, value in {**changes, "train.run_dir": run_dir}.items():
+        section, key = name.split(".")
+        values[section][key] = value
+    return values
+
+
+VARIANTS = [{"parallel.zero": zero, "acp.enabled": acp} for zero in (1, 2, 3) for acp in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, data, tmp_path_factory):
+    """One rank, ZeRO 1 to 3, ACP off and on."""
+    values = tree(data, "", train__steps=STEPS, train__micro_batch=2) | {"acp": {}}
+    return ranks(1, curves, values, tmp_path_factory.mktemp("alone"), VARIANTS)[0]
+
+
+def test_the_loss_falls(alone):
+    for curve in alone:
+        assert len(curve) == STEPS
+        assert curve[-1][0] < 0.7 * curve[0][0]
+
+
+@pytest.mark.parametrize("size, cp", [(1, 1), (2, 1), (2, 2), (4, 2)], ids=["alone", "dp2", "cp2", "dp2cp2"])
+def test_every_mesh_and_stage_gives_the_same_curve(ranks, data, tmp_path, alone, size, cp):
+    """20 losses and gradient norms, fp32, to 1e-4: dp, cp, ZeRO stage and ACP change nothing."""
+    micro = 4 * cp // size // 2  # two accumulated micro-batches on every mesh
+    values = tree(data, "", train__steps=STEPS, parallel__cp=cp, train__micro_batch=micro) | {"acp": {}}
+    answers = alone if size == 1 else ranks(size, curves, values, tmp_path, VARIANTS)[0]
+    reference = torch.tensor(alone[0], dtype=torch.float64)
+    for changes, curve in zip(VARIANTS, answers):
+        got = torch.tensor(curve, dtype=torch.float64)
+        assert torch.allclose(got, reference, rtol=1e-4, atol=0), (changes, (got / reference - 1).abs().amax(0))
+
+
+def test_bf16_follows_fp32(ranks, data, tmp_path, alone):
+    values = tree(data, "", train__steps=STEPS, parallel__cp=2, train__precision="bf16", train__micro_batch=4)
+    for curve in ranks(2, curves, values | {"acp": {}}, tmp_path, VARIANTS[1::2])[0]:
+        for (loss, _), (reference, _) in zip(curve, alone[0]):
+            assert loss == pytest.approx(reference, rel=0.02)
+
+
+def test_accumulation_and_checkpointing_change_nothing(ranks, data, tmp_path, alone):
+    values = tree(data, "", train__steps=STEPS, parallel__cp=2) | {"acp": {}}
+    variants = [
+        {"train.micro_batch": 4},
+        {"train.micro_batch": 2, "train.activation_checkpointing": True, "parallel.zero": 3},
+        {"parallel.layout": "contiguous", "parallel.schedule": "ring", "parallel.overlap": False},
+    ]
+    reference = torch.tensor(alone[0], dtype=torch.float64)
+    for curve in ranks(2, curves, values, tmp_path, variants)[0]:
+        assert torch.allclose(torch.tensor(curve, dtype=torch.float64), reference, rtol=1e-4, atol=0)
+
+
+def test_metrics_say_what_happened(ranks, data, tmp_path):
+    values = tree(data, "", train__steps=4, parallel__cp=2, metrics__every=2) | {"acp": {}}
+    ranks(2, curves, values, tmp_path, [{"acp.enabled": True}, {"acp.enabled": False}])
+    pruned, dense = (rows(tmp_path / f"2-2-{i}") for i in (0, 1))
+    assert [r["step"] for r in pruned] == [2, 4]
+    last = pruned[-1]
+    for name in (
+        "tokens/s",
+        "time/step(ms)",
+        "time/data(ms)",
+        "time/forward(ms)",
+        "time/backward(ms)",
+        "time/optimizer(ms)",
+        "memory/peak_resident(GiB)",
+        "perplexity",
+        "grad_norm",
+        "perf/model_per_rank(TFLOP/s)",
+        "perf/executed(%)",
+    ):
+        assert last[name] > 0, name
+    assert last["tokens"] == 4 * 2048
+    # A step: 4 sequences of 4 blocks, 2 layers, 2 heads of 16, K and V in float32, zigzag over two ranks.
+    page = 2 * 128 * 16 * 4 / 2**20
+    owned = 4 * 2 * 2 * 2  # sequences x layers x heads x blocks of a rank
+    assert last["comm/kv_dense(MiB)"] == pytest.approx(2 * owned * page)
+    # Causality: rank 0 owns blocks 0 and 3 and needs 1 and 2; rank 1 owns 1 and 2 and needs 0.
+    assert last["comm/kv_causal(MiB)"] == pytest.approx(1.5 * owned * page)
+    assert dense[-1]["comm/kv_sent(MiB)"] == pytest.approx(last["comm/kv_causal(MiB)"])
+    assert dense[-1]["acp/tiles_kept(%)"] == 100
+    assert dense[-1]["perf/executed(%)"] == 100
+    assert 0 < last["comm/kv_sent(MiB)"] < last["comm/kv_causal(MiB)"]
+    assert last["comm/kv_skipped(MiB)"] == pytest.approx(last["comm/kv_dense(MiB)"] - last["comm/kv_sent(MiB)"])
+    assert sum(last["comm/kv_sent_by_rank(MiB)"]) == pytest.approx(last["comm/kv_sent(MiB)"], abs=1e-4)
+    heads = torch.tensor(last["acp/tiles_kept_by_head(%)"])
+    assert heads.shape == (2, 2)
+    assert heads.mean().item() == pytest.approx(last["acp/tiles_kept(%)"], rel=1e-4)
+    assert 128 <= last["acp/window(tokens)"] <= 320
+    assert 0 < last["perf/executed(%)"] < 100
+
+
+# ---- stopping and starting again
+
+
+def losses(run_dir):
+    return {r["step"]: [r["loss"], r["grad_norm"]] for r in rows(run_dir)}
+
+
+def go(rank, size, values):
+    """Trains in this process, from wherever the run folder stands. Returns rank 0's log, or the error's text."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        config = configuration.parse(values)
+        training.check_before_start(config, size)
+        training.train(training.build(config, meshes.start(config.parallel.cp, 2)))
+    except ValueError as error:
+        return str(error)
+    finally:
+        log.removeHandler(handler)
+    return "\n".join(said)
+
+
+def test_a_killed_run_continues_to_the_last_bit(ranks, data, tmp_path):
+    """SIGKILL of all ranks after step 10; the same command again; the losses of an uninterrupted run, exactly."""
+    values = tree(data, tmp_path / "whole", parallel__cp=2, parallel__zero=2, checkpoint__every=4)
+    config = write_yaml(tmp_path, values)
+    ranks(2, go, values)
+    torn = f"train.run_dir={tmp_path / 'torn'}"
+    process = subprocess.Popen(command(config, torn, ranks=2), env=environment(), start_new_session=True)
+    file = tmp_path / "torn" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (file.exists() and file.read_text().count("\n") >= 10):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert max(losses(tmp_path / "torn")) < STEPS, "too late to test anything"
+    assert "continuing" in launch(config, torn, ranks=2)
+    assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(ranks, data, tmp_path):
+    """SIGKILL after the files of step 8 are written and before they are declared good."""
+    values = tree(data, tmp_path / "run", checkpoint__every=4, parallel__zero=2)
+    config = write_yaml(tmp_path, values)
+    killer = (
+        "import os, signal, sys\n"
+        "from foxdist import checkpoint, train\n"
+        "real = checkpoint._fingerprint\n"
+        "def fingerprint(path):\n"
+        "    if 'step_00000008' in str(path): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(path)\n"
+        "checkpoint._fingerprint = fingerprint\n"
+        f"sys.exit(train.main(['--config', {str(config)!r}]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", killer], env=environment(), capture_output=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "step_00000008.unfinished").is_dir()
+    assert (folder / "latest").read_text().strip() == "step_00000004"
+    assert "after step 4" in launch(config)
+    values["train"]["run_dir"] = str(tmp_path / "whole")
+    ranks(1, go, values)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert not list(folder.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("zero, precision", [(1, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_every_stage_and_precision_resumes_to_the_last_bit(ranks, data, tmp_path, zero, precision):
+    values = tree(data, tmp_path / "whole", parallel__cp=2, parallel__zero=zero, train__precision=precision)
+    values["optim"]["schedule"] = "constant"
+    values["train"]["steps"] = 6
+    ranks(2, go, values)
+    values["train"]["run_dir"] = str(tmp_path / "halves")
+    values["train"]["steps"] = 3
+    ranks(2, go, values)
+    values["train"]["steps"] = 6
+    assert "after step 3" in ranks(2, go, values)[0]
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, data, tmp_path_factory):
+    """A run of 12 steps with checkpoints after 8 and 12: its configuration and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = tree(data, folder, checkpoint__every=4, train__steps=12)
+    ranks(1, go, values)
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == ["step_00000008", "step_00000012"]
+    return values, folder
+
+
+def copy_of(finished, tmp_path):
+    values, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    return json.loads(json.dumps(values).replace(str(folder), str(tmp_path / "run"))), tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_falls_back_loudly(ranks, finished, tmp_path, damage):
+    values, folder = copy_of(finished, tmp_path)
+    newest = folder / "checkpoints" / "step_00000012"
+    victim = max(newest.glob("*.pt"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    (said,) = ranks(1, go, values)
+    assert "is damaged" in said
+    assert "after step 8" in said
+    assert losses(folder) == losses(finished[1])
+
+
+def test_a_finished_run_says_so_and_can_be_lengthened(ranks, finished, tmp_path):
+    values, folder = copy_of(finished, tmp_path)
+    assert "nothing to do" in ranks(1, go, values)[0]
+    assert losses(folder) == losses(finished[1])
+    values["train"]["steps"] = 14
+    assert "after step 12" in ranks(1, go, values)[0]
+    assert max(losses(folder)) == 14
+
+
+def test_a_run_folder_of_another_configuration_is_refused(ranks, finished):
+    values, _ = finished
+    changed = json.loads(json.dumps(values))
+    changed["model"]["hidden"], changed["optim"]["lr"] = 64, 1.0
+    (said,) = ranks(1, go, changed)
+    assert "belongs to a run with another configuration" in said
+    assert "model.hidden was 32 and is 64" in said
+    assert "optim.lr was 0.005 and is 1" in said
+
+
+def test_a_checkpoint_of_another_world_or_stage_says_what_to_run(ranks, finished):
+    values, _ = finished
+    for said in ranks(2, go, values):
+        assert "saved on 1 ranks" in said
+        assert "this job has 2 ranks" in said
+        assert "run it on 1 ranks with parallel.zero=1" in said
+    other = json.loads(json.dumps(values))
+    other["parallel"]["zero"] = 3
+    assert "saved on 1 ranks with parallel.zero=1" in ranks(1, go, other)[0]
+
+
+# ---- what must not happen quietly
+
+
+def weights(run):
+    """All parameters, whole under every stage."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(run.model.parameters())):
+        return [p.detach().clone() for p in run.model.parameters()]
+
+
+LARGE = torch.tensor(3e38)  # finite, and its square is not
+
+
+def poison(rank, size, values, folder, where):
+    """Trains with a number that is not finite on the last rank in step 3; returns the error, and if weights stayed."""
+    config = configuration.parse(merge(values, {}, str(folder / where)))
+    run = training.build(config, meshes.start(config.parallel.cp, 2))
+    batches = iter(run.loader)
+    for _ in range(2):
+        training.train_step(run, batches)
+    before = weights(run)
+    mlp = run.model.blocks[1].mlp
+    if where == "sum":  # finite on each rank, beyond float32 together
+        mlp.down.weight.register_hook(lambda grad: torch.zeros_like(grad).index_put_((torch.tensor(0),) * 2, LARGE))
+    elif rank == size - 1 and where == "forward":
+        mlp.down.register_forward_hook(lambda module, inputs, out: out * float("nan"))
+    elif rank == size - 1:
+        mlp.register_forward_hook(lambda module, inputs, out: out.register_hook(lambda g: g * float("inf")) and None)
+    try:
+        training.train_step(run, batches)
+    except NonFiniteError as error:
+        return str(error), all(torch.equal(a, b) for a, b in zip(before, weights(run)))
+    return "no error", False
+
+
+@pytest.mark.parametrize(
+    "where, words",
+    [
+        ("forward", ["the output of layer 1 MLP is not finite on rank 1;"]),
+        ("backward", ["the gradient of layer 1 MLP is not finite on rank 1;"]),
+        ("sum", ["all ranks' gradients together is"]),
+    ],
+)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_non_finite_number_stops_every_rank_before_the_update(ranks, data, tmp_path, where, words, zero):
+    values = tree(data, "", parallel__cp=2, parallel__zero=zero)
+    for error, unmoved in ranks(2, poison, values, tmp_path, where):
+        assert "step 3" in error
+        assert all(word in error for word in words), error
+        # Stage 3 makes an update with gradients of 0 from a norm of inf; it cannot be kept from that, only stopped.
+        assert unmoved or (where, zero) == ("sum", 3)
+
+
+# ---- mistakes, as a new user makes them
+
+
+@pytest.mark.parametrize(
+    "changes, overrides, words",
+    [
+        ({}, ["train.stepz=3"], ["train.stepz: unknown key", "train.steps"]),
+        ({"data__sequence_length": 1000}, [], ["data.sequence_length=1000", "multiple of"]),
+        ({"data__sequence_length": 1024}, [], ["holds sequences of 512 tokens", "set data.sequence_length=512"]),
+        ({"data__path": "/nowhere/data"}, [], ["data.path=/nowhere/data: no such folder", "foxdist.data prepare"]),
+        ({"model__vocab": 100}, [], ["model.vocab=100", "257", "set model.vocab=257"]),
+        ({"parallel__cp": 3, "data__sequence_length": 768}, [], ["parallel.cp=3: does not divide the 1 ranks"]),
+        ({"metrics__wandb": "online"}, [], ["metrics.wandb=online", "wandb login"]),
+        ({"parallel__transport": "nccl"}, [], ["parallel.transport=nccl", "finds none"]),
+    ],
+)
+def test_mistakes_end_before_anything_starts(data, tmp_path, monkeypatch, capsys, changes, overrides, words):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    config = write_yaml(tmp_path, tree(data, tmp_path / "run", **changes))
+    assert training.main(["--config", str(config), *overrides]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_data_is_named(ranks, data, tmp_path):
+    values = tree(data, tmp_path / "run", train__tokens_per_step=512 * 10**6)
+    assert "a step needs 1000000" in ranks(1, go, values)[0]
+
+
+def test_many_ranks_say_it_once(data, tmp_path):
+    config = write_yaml(tmp_path, tree("/nowhere/data", tmp_path / "run", parallel__cp=2))
+    said = launch(config, ranks=2, expect=1)  # torchrun's status for any failure
+    assert said.count("error: data.path=/nowhere/data: no such folder") == 1
+
+
+def test_check_prints_the_arithmetic(data, tmp_path, capsys):
+    config = write_yaml(tmp_path, tree(data, tmp_path / "run", parallel__cp=2, parallel__zero=3))
+    assert training.main(["--config", str(config), "--check", "--world", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "4 ranks = dp 2 x cp 2, ZeRO-3" in said
+    assert "4 sequences = dp 2 x micro-batch 1 x 2 accumulated" in said
+    assert "256 tokens a rank in 2 chunks (zigzag)" in said
+    assert "parameters" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_joins_the_same_run(ranks, data, tmp_path):
+    values = tree(data, tmp_path / "run", metrics__wandb="offline", train__steps=2)
+    ranks(1, go, values)
+    identity = (tmp_path / "run" / "wandb_id").read_text()
+    values["train"]["steps"] = 4
+    ranks(1, go, values)
+    assert (tmp_path / "run" / "wandb_id").read_text() == identity
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert [f.name for f in files] == [f"run-{identity}.wandb"] * 2
+    assert b"acp/tiles_kept(%)" in files[0].read_bytes()
