@@ -12,7 +12,10 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
+
+from foxdist.layout import BLOCK
 
 Rows = list[dict[str, Any]]
 
@@ -112,11 +115,15 @@ def _draw_traffic(axes: Axes, steps: list[int], rows: Rows) -> None:
 
 def _draw_heads(axes: Axes, row: dict[str, Any]) -> None:
     windows = np.array(row["acp/window_by_head(tokens)"])
-    image = axes.imshow(windows, aspect="auto", cmap="magma", norm=matplotlib.colors.LogNorm())
+    scale = LogNorm(vmin=BLOCK, vmax=max(1024, windows.max()))
+    image = axes.imshow(windows, aspect="auto", cmap="magma", norm=scale)
     axes.set(title=f"window of each head at step {row['step']}", xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.figure.colorbar(image, ax=axes, label="tokens")
+    bar = axes.figure.colorbar(image, ax=axes, label="tokens")
+    ticks = [t for t in BLOCK * 2.0 ** np.arange(20) if t <= scale.vmax]
+    bar.set_ticks(ticks, labels=[f"{t:,.0f}" for t in ticks])
+    bar.minorticks_off()
 
 
 if __name__ == "__main__":

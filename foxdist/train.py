@@ -91,9 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    """Says once, whatever the number of ranks, what ended the run."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Says what ended the run, once where all ranks saw the same.
+
+    A launcher ends all ranks when one has ended. So rank 0 speaks first, and another only if rank 0 lives on.
+    """
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    if rank:
+        time.sleep(5)
+    print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
     return status
 
 
@@ -159,7 +164,12 @@ def train(run: Run) -> None:
     """The loop: a step, now and then a log entry, now and then a checkpoint."""
     config, first = run.config, run.step
     if first >= config.total_steps:
-        log.log.info("%s has reached step %d of %d; nothing to do", config.train.run_dir, first, config.total_steps)
+        log.log.info(
+            "%s has reached step %d of %d; nothing to do (train.steps=N goes on)",
+            config.train.run_dir,
+            first,
+            config.total_steps,
+        )
         return
     sinks = Sinks(config, first) if run.mesh.rank == 0 else None
     batches = iter(run.loader)
@@ -167,7 +177,7 @@ def train(run: Run) -> None:
     try:
         while run.step < config.total_steps:
             loss, targets = train_step(run, batches)
-            if run.step % config.metrics.every == 0 or run.step == config.total_steps:
+            if run.step in (first + 1, config.total_steps) or run.step % config.metrics.every == 0:
                 values = collect(run, loss, targets, run.step - logged, time.perf_counter() - since)
                 logged, since = run.step, time.perf_counter()
                 if sinks:

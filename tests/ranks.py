@@ -1,4 +1,4 @@
-"""Running one function on several gloo ranks of this machine. Processes live for the whole session and are reused."""
+"""Running one function on several ranks of this machine. Processes live for the whole session and are reused."""
 
 import os
 import tempfile
@@ -12,12 +12,14 @@ import torch.multiprocessing as mp
 TIMEOUT = 300  # seconds: for one call on all ranks
 
 
-def _serve(rank, size, rendezvous, pipe):
+def _serve(rank, size, backend, rendezvous, pipe):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
     while (job := pipe.recv()) is not None:
         fn, args = job
@@ -29,14 +31,16 @@ def _serve(rank, size, rendezvous, pipe):
 
 
 class _Pool:
-    def __init__(self, size):
+    def __init__(self, size, backend):
         self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
         self.pipes, self.workers = [], []
         for rank in range(size):
             here, there = context.Pipe()
             worker = context.Process(
-                target=_serve, args=(rank, size, os.path.join(self.folder.name, "rendezvous"), there), daemon=False
+                target=_serve,
+                args=(rank, size, backend, os.path.join(self.folder.name, "rendezvous"), there),
+                daemon=False,
             )
             worker.start()
             self.pipes.append(here)
@@ -71,17 +75,18 @@ class Ranks:
     def __init__(self):
         self.pools = {}
 
-    def run(self, size, fn, *args):
+    def run(self, size, fn, *args, backend="gloo"):
         """What `fn(rank, size, *args)` returned on each rank, in rank order; raises what any rank raised.
 
         `fn` is a module-level function. A failed collective may leave a rank waiting, so a failure ends the pool.
         """
-        if size not in self.pools:
-            self.pools[size] = _Pool(size)
-        answers = self.pools[size].run(fn, args)
+        key = size, backend
+        if key not in self.pools:
+            self.pools[key] = _Pool(size, backend)
+        answers = self.pools[key].run(fn, args)
         errors = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
         if errors:
-            self.pools.pop(size).stop(kill=True)
+            self.pools.pop(key).stop(kill=True)
             raise AssertionError("\n".join(errors))
         return [value for _, value in answers]
 

@@ -38,7 +38,7 @@ def check(device: torch.device, heads: int, dim: int, gates: str) -> str | None:
     for fn in (forgetting_attention, naive_forgetting_attention):
         out = fn(*tensors)
         assert isinstance(out, torch.Tensor)
-        found.append([out, *torch.autograd.grad((out * out.detach()).sum(), tensors)])
+        found.append([out.detach(), *torch.autograd.grad((out * out.detach()).sum(), tensors)])
     for name, got, expected in zip(("out", "dq", "dk", "dv", "dlog_f"), *found):
         error = float((got - expected).norm() / expected.norm())
         if not error < LIMIT:

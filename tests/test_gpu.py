@@ -1,0 +1,83 @@
+"""The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train import curves
+
+from foxdist.attention import Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
+from foxdist.layout import shard, unshard
+
+from cases import GATES, gradients, inputs, relative
+from runs import tree, write_data
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+NAMES = ("out", "dq", "dk", "dv", "dlog_f")
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", GATES)
+def test_attention_matches_the_definition(kind):
+    tensors = [x.cuda() for x in inputs(2, 900, 4, 2, 64, kind)]
+    got = gradients_on_gpu(forgetting_attention, tensors)
+    expected = gradients_on_gpu(naive_forgetting_attention, tensors)
+    for name, a, b in zip(NAMES, got, expected):
+        assert relative(a, b) < (1e-4 if name == "dlog_f" else 1e-5), name
+
+
+def gradients_on_gpu(fn, tensors):
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    out = fn(*tensors)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
+
+
+def attend(rank, size, layout, schedule):
+    tensors = [shard(x, rank, size, layout).cuda() for x in inputs(2, 2048, 4, 2, 64)]
+    cp = ContextParallel(dist.group.WORLD, layout, schedule)
+    acp = Acp(logit_bound=8.0)
+    runs = [
+        [
+            x.cpu()
+            for x in gradients_with_slice(
+                lambda *t: forgetting_attention(*t, acp=acp, cp=cp), tensors, rank, size, layout
+            )
+        ]
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs)), "two runs give the same bits"
+    return runs[0]
+
+
+def gradients_with_slice(fn, tensors, rank, size, layout):
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    out = fn(*tensors)
+    weight = torch.randn(2, 2048, 4, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = shard(weight, rank, size, layout).cuda()
+    return [out.detach(), *torch.autograd.grad((out.double() * weight).sum(), tensors)]
+
+
+@needs_two
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("schedule", ["gather", "ring"])
+def test_ranks_give_what_one_process_gives(ranks, layout, schedule):
+    acp = Acp(logit_bound=8.0)
+    expected = gradients(lambda *t: forgetting_attention(*t, acp=acp), inputs(2, 2048, 4, 2, 64))
+    answers = ranks(2, attend, layout, schedule, backend="nccl")
+    for i, name in enumerate(NAMES):
+        got = unshard([a[i] for a in answers], layout)
+        assert relative(got, expected[i]) < (1e-4 if name == "dlog_f" else 1e-5), name
+
+
+@needs_two
+def test_training_gives_the_same_curve_on_every_mesh(ranks, tmp_path):
+    data = write_data(tmp_path / "data")
+    variants = [{"parallel.zero": zero} for zero in (1, 2, 3)]
+    found = []
+    for size, cp in ((1, 1), (2, 1), (2, 2)):
+        values = tree(data, "", parallel__cp=cp)
+        found += ranks(size, curves, values, tmp_path, variants, backend="nccl")[0]
+    reference = torch.tensor(found[0], dtype=torch.float64)
+    for curve in found:
+        assert torch.allclose(torch.tensor(curve, dtype=torch.float64), reference, rtol=1e-4, atol=0)

@@ -1,0 +1,118 @@
+"""What a run leaves to read: report, sinks, benchmark."""
+
+import json
+
+import pytest
+import torch
+
+from foxdist import report
+from foxdist.bench import __main__ as bench
+from foxdist.bench import attention as attention_bench
+from foxdist.sinks import _flat, _open_jsonl
+
+
+def row(step, sent=1.0, cp=True):
+    dense = 8.0 if cp else 0.0
+    return {
+        "step": step,
+        "loss": 5.0 / step,
+        "tokens/s": 100.0 * step,
+        "acp/tiles_kept(%)": 10.0 * step,
+        "acp/tiles_kept_by_head(%)": [[10.0 * step, 10.0 * step], [10.0 * step, 10.0 * step]],
+        "acp/window_by_head(tokens)": [[128.0, 256.0], [512.0, 900.0]],
+        "comm/kv_sent(MiB)": sent if cp else 0.0,
+        "comm/kv_dense(MiB)": dense,
+        "comm/kv_causal(MiB)": dense / 2,
+    }
+
+
+def write(folder, rows):
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    return folder
+
+
+def test_means_are_over_steps_not_rows(tmp_path):
+    """Rows at steps 1 and 5: the second speaks for four steps."""
+    rows = report.read(write(tmp_path, [row(1, sent=1.0), row(5, sent=2.0)]))
+    assert report.over_run(rows, "comm/kv_sent(MiB)") == pytest.approx(1.8)
+    text = report.summary(rows)
+    assert "22.5 % of a dense ring's bytes" in text
+    assert "45.0 % of what causality alone needs" in text
+    assert "42.0 % of the causal ones" in text
+
+
+@pytest.mark.parametrize("cp", [True, False])
+def test_a_picture_is_drawn(tmp_path, capsys, cp):
+    write(tmp_path, [row(1, cp=cp), row(2, cp=cp)])
+    assert report.main([str(tmp_path)]) == 0
+    assert ("K/V sent" in capsys.readouterr().out) == cp
+    picture = (tmp_path / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+def test_no_run_is_named(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "no logged step" in capsys.readouterr().err
+
+
+def test_jsonl_drops_what_the_checkpoint_does_not_know(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    file = _open_jsonl(path, 2)
+    file.write('{"step": 3, "again": true}\n')
+    file.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+
+
+def test_lists_become_names_for_wandb():
+    flat = _flat({"loss": 1.0, "x_by_rank(MiB)": [1.0, 2.0], "y_by_head(%)": [[1.0], [2.0]]})
+    assert flat == {
+        "loss": 1.0,
+        "x_by_rank(MiB)/rank0": 1.0,
+        "x_by_rank(MiB)/rank1": 2.0,
+        "y_by_head(%)/layer00/head00": 1.0,
+        "y_by_head(%)/layer01/head00": 2.0,
+    }
+
+
+def test_benchmark_prints_a_table(tmp_path, capsys):
+    arguments = [
+        "attention",
+        "--device",
+        "cpu",
+        "--lengths",
+        "256",
+        "512",
+        "--heads",
+        "2",
+        "--dim",
+        "16",
+        "--repeats",
+        "1",
+    ]
+    assert bench.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n|") == 3
+    assert [r["tokens"] for r in json.loads((tmp_path / "out.json").read_text())] == [256, 512]
+
+
+def test_benchmark_refuses_when_attention_is_wrong(monkeypatch, capsys):
+    real = attention_bench.forgetting_attention
+    monkeypatch.setattr(attention_bench, "forgetting_attention", lambda *a, **k: real(*a, **k) * 1.01)
+    assert bench.main(["attention", "--device", "cpu", "--lengths", "256"]) == 1
+    captured = capsys.readouterr()
+    assert "no time is reported" in captured.err
+    assert not captured.out
+
+
+def test_gates_of_the_benchmark_are_what_they_say():
+    kept = {
+        name: attention_bench.measure(torch.device("cpu"), 4, 16, 4096, name, 1)["tiles_kept(%)"]
+        for name in ("initial", "local", "open")
+    }
+    assert kept["initial"] < kept["local"] < kept["open"] == 100
