@@ -6,6 +6,8 @@ scale makes that the gradient of the mean loss. DeepSpeed's own batch arithmetic
 only micro-batch and accumulation are told, and the true batch is ours.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 
 from foxdist.config import Config
-from foxdist.mesh import Mesh
 
 
 def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, accumulation: int) -> Any:
@@ -23,7 +24,8 @@ def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config
     Every rank must call, with equal parameters, after `mesh.start`.
     """
     deepspeed = import_deepspeed()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config(config, accumulation))
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, five times
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config(config, accumulation))
     return engine
 
 
@@ -59,6 +61,3 @@ def set_learning_rate(engine: Any, rate: float) -> None:
     """The rate of the next `engine.step()`."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-
-
-__all__ = ["Mesh", "engine_config", "import_deepspeed", "make_engine", "set_learning_rate"]

@@ -20,9 +20,10 @@ from foxdist.attention.pages import Pages
 from foxdist.layout import BLOCK
 
 LOG2_E = math.log2(math.e)
-# [64, 128, 128] float32 is 4 MiB. Forward + backward on two cores of an AMD EPYC at 16, 32, 64, 128, 256 tiles:
-# 968, 760, 736, 924, 997 ms (python -m foxdist.bench attention --device cpu --lengths 16384).
-TILES_AT_ONCE = 64
+# Logits of 64 tiles are 4 MiB. Forward + backward on two cores of an AMD EPYC at 16, 32, 64, 128, 256 tiles:
+# 968, 760, 736, 924, 997 ms (python -m foxdist.bench attention --device cpu --lengths 16384). A GPU wants large batches
+# instead of a cache: 128 MiB.
+TILES_AT_ONCE = {"cpu": 64, "cuda": 2048}
 
 
 class Queries(NamedTuple):
@@ -116,17 +117,16 @@ def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Ba
     _, heads, count = queries.start.shape
     group = heads // table.shape[1]
     head = torch.arange(heads, device=table.device)
+    base, stride = queries.base.flatten(), queries.base.shape[-1]
     for distance in range(int((queries.blocks - queries.start).max()) + 1):
         block = queries.blocks - distance  # [n]
         page = table[:, head // group][:, :, block.clamp_min(0)]  # [B, H, n]
         kept = (block >= queries.start) & (block >= 0) & (page >= 0)
         query = kept.flatten().nonzero().squeeze(1)
-        for part in query.split(TILES_AT_ONCE) if len(query) else ():
-            at = part % count
+        for part in query.split(TILES_AT_ONCE[table.device.type]) if len(query) else ():
             member = part // count % heads % group
-            base = queries.base.flatten(0, 1)[part // count]  # [S, N + 1]
-            m = queries.blocks[at][:, None]
-            shift = (base.gather(1, m) - base.gather(1, m - distance)).squeeze(1).float()
+            m = part // count * stride + queries.blocks[part % count]
+            shift = (base[m] - base[m - distance]).float()
             yield _Batch(part, page.flatten()[part].long(), member, shift, distance == 0)
 
 
