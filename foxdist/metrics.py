@@ -6,6 +6,7 @@ only there; between logged steps nothing waits for the device.
 
 import math
 import resource
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from foxdist.model import flops_per_token
 MIB = 2**20
 # Dense bf16 peak, TFLOP/s, from the makers' data sheets. A GPU that is not listed reports no MFU rather than a guess.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-_BYTES = ("bytes_sent", "bytes_dense", "bytes_causal", "bytes_gates", "pairs_sent", "pairs", "stages_run")
+_TRAFFIC = tuple(f.name for f in fields(Counts) if f.name.startswith(("bytes_", "peers", "pairs_", "stages_")))
 
 
 def step_metrics(
@@ -64,25 +65,34 @@ def _tiles(kept: torch.Tensor, possible: torch.Tensor, blocks: torch.Tensor) -> 
 
 
 def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
-    """A step's traffic; totals are over all ranks, lists one number a rank."""
-    mine = [float(sum(getattr(c, name) for c in layers)) / steps for name in _BYTES]
+    """A step's traffic; totals are over all ranks, lists hold one number a rank."""
+    mine = [float(sum(getattr(c, name) for c in layers)) / steps for name in _TRAFFIC]
     every = [torch.empty(len(mine), dtype=torch.float64, device=mesh.device) for _ in range(mesh.world)]
     dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=mesh.device))
-    by_rank = dict(zip(_BYTES, torch.stack(every).T.cpu()))
-    sent, dense, causal = (by_rank[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal"))
-    pairs = by_rank["pairs"].sum().clamp_min(1)
+    of = dict(zip(_TRAFFIC, torch.stack(every).T.cpu()))
+    sent, dense, causal = (of[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal"))
     return {
         "comm/kv_sent(MiB)": float(sent.sum()),
         "comm/kv_dense(MiB)": float(dense.sum()),
         "comm/kv_causal(MiB)": float(causal.sum()),
         "comm/kv_skipped(MiB)": float((dense - sent).sum()),
         "comm/kv_skipped_of_causal(MiB)": float((causal - sent).sum()),
-        "comm/gates_sent(MiB)": float(by_rank["bytes_gates"].sum() / MIB),
-        "comm/pairs_skipped(%)": float(100 * (1 - by_rank["pairs_sent"].sum() / pairs)) if mesh.cp > 1 else 0.0,
-        "comm/stages_skipped(%)": float(100 * (1 - by_rank["stages_run"].sum() / pairs)) if mesh.cp > 1 else 0.0,
+        "comm/gates_sent(MiB)": float(of["bytes_gates"].sum() / MIB),
+        "comm/pairs_skipped(%)": _skipped(of["pairs_sent"], of["peers"]),
+        "comm/pairs_skipped_of_causal(%)": _skipped(of["pairs_sent"], of["pairs_causal"]),
+        "comm/stages_skipped(%)": _skipped(of["stages_run"], of["peers"]),
+        "comm/stages_skipped_of_causal(%)": _skipped(of["stages_run"], of["stages_causal"]),
         "comm/kv_sent_by_rank(MiB)": _rounded(sent),
         "comm/kv_skipped_by_rank(MiB)": _rounded(dense - sent),
+        "comm/kv_skipped_of_causal_by_rank(MiB)": _rounded(causal - sent),
+        "comm/pairs_skipped_by_rank": _rounded(of["peers"] - of["pairs_sent"]),
+        "comm/stages_skipped_by_rank": _rounded(of["peers"] - of["stages_run"]),
     }
+
+
+def _skipped(done: torch.Tensor, of: torch.Tensor) -> float:
+    """Percent of `of` that was not done; 0 where there was nothing to do."""
+    return float(100 * (1 - done.sum() / of.sum())) if of.sum() else 0.0
 
 
 def _compute(config: Config, mesh: Mesh, rate: float, share: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The run folder: what configuration it belongs to, and where things lie in it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,14 @@ CHANGEABLE_SECTIONS = {"checkpoint", "metrics"}
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` if the folder belongs to another configuration."""
-    path = config.train.run_dir / "config.yaml"
+    """Raises `ConfigError` if the folder cannot be written or belongs to another configuration."""
+    folder = config.train.run_dir
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"train.run_dir={folder}: {existing} is not a folder that can be written; must be one; choose another"
+        )
+    path = folder / "config.yaml"
     if not path.exists():
         return
     before, now = _leaves(yaml.safe_load(path.read_text())), _leaves(yaml.safe_load(dump(config)))

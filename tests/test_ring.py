@@ -156,12 +156,16 @@ def test_nothing_travels_when_nothing_is_kept_of_others(ranks):
     case = ("open", 4, LENGTH, (0, LENGTH // 2))
     for sent, stats in ranks(size, count_bytes, case, layout, "auto", Acp(logit_bound=4.0)):
         assert sent == {"forward": 0, "backward": 0}
-        assert (stats.bytes_sent, stats.pairs_sent, stats.stages_run, stats.pairs) == (0, 0, 0, 1)
+        assert (stats.bytes_sent, stats.pairs_sent, stats.stages_run, stats.peers) == (0, 0, 0, 1)
+        assert stats.stages_causal == 1
+    # Contiguous: the first rank lends to the second, never the other way.
+    assert [s.pairs_causal for _, s in ranks(size, count_bytes, case, layout, "auto", None)] == [1, 0]
 
 
 def test_dense_sends_what_causality_needs(ranks):
     for sent, stats in ranks(3, count_bytes, ("open", 4), "zigzag", "ring", None):
         assert stats.bytes_sent == stats.bytes_causal
+        assert (stats.pairs_sent, stats.stages_run) == (stats.pairs_causal, stats.stages_causal)
         assert sent["forward"] == stats.bytes_sent + stats.bytes_gates
 
 

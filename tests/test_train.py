@@ -99,7 +99,7 @@ def test_metrics_say_what_happened(ranks, data, tmp_path):
     values = tree(data, "", train__steps=4, parallel__cp=2, metrics__every=2) | {"acp": {}}
     ranks(2, curves, values, tmp_path, [{"acp.enabled": True}, {"acp.enabled": False}])
     pruned, dense = (rows(tmp_path / f"2-2-{i}") for i in (0, 1))
-    assert [r["step"] for r in pruned] == [2, 4]
+    assert [r["step"] for r in pruned] == [1, 2, 4]
     last = pruned[-1]
     for name in (
         "tokens/s",
@@ -128,6 +128,8 @@ def test_metrics_say_what_happened(ranks, data, tmp_path):
     assert 0 < last["comm/kv_sent(MiB)"] < last["comm/kv_causal(MiB)"]
     assert last["comm/kv_skipped(MiB)"] == pytest.approx(last["comm/kv_dense(MiB)"] - last["comm/kv_sent(MiB)"])
     assert sum(last["comm/kv_sent_by_rank(MiB)"]) == pytest.approx(last["comm/kv_sent(MiB)"], abs=1e-4)
+    assert len(last["comm/kv_skipped_by_rank(MiB)"]) == len(last["comm/stages_skipped_by_rank"]) == 2
+    assert dense[-1]["comm/pairs_skipped(%)"] == dense[-1]["comm/stages_skipped_of_causal(%)"] == 0
     heads = torch.tensor(last["acp/tiles_kept_by_head(%)"])
     assert heads.shape == (2, 2)
     assert heads.mean().item() == pytest.approx(last["acp/tiles_kept(%)"], rel=1e-4)

@@ -23,9 +23,11 @@ class Counts:
     bytes_dense: int = 0
     bytes_causal: int = 0
     bytes_gates: int = 0
+    peers: int = 0
     pairs_sent: int = 0
-    pairs: int = 0
+    pairs_causal: int = 0
     stages_run: int = 0
+    stages_causal: int = 0
 
 
 class Meter:

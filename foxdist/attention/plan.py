@@ -101,6 +101,12 @@ def causal_counts(rows: int, heads: int, blocks: int, size: int, layout: str) ->
     return make_plan(first, blocks, size, layout).counts
 
 
+def busy_distances(counts: np.ndarray, rank: int) -> int:
+    """Over how many ring distances `rank` sends or receives anything; counts: [P, P] as in `Plan.counts`."""
+    size = len(counts)
+    return sum(bool(counts[rank, (rank + d) % size] or counts[rank - d, rank]) for d in range(1, size))
+
+
 def choose_schedule(plan: Plan) -> str:
     """`gather` while no rank borrows more than two ranks' K/V, which a double-buffered dense ring would hold anyway;
     else `ring`.

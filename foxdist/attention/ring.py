@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from foxdist.attention import gates
@@ -23,7 +24,7 @@ from foxdist.attention.acp import Acp, largest_norms, measured_bound, start_bloc
 from foxdist.attention.exchange import Route, borrow, give_back, lend, make_route, take_back
 from foxdist.attention.merge import merge
 from foxdist.attention.pages import Pages, own_table
-from foxdist.attention.plan import Plan, causal_counts, make_plan
+from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
 from foxdist.attention.replay import remember
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.tiles import Queries, tiles_backward, tiles_forward
@@ -208,7 +209,6 @@ def _stats(
     rank, size = cp.rank, cp.size
     causal = causal_counts(*plan.need.shape[:2], plan.blocks, size, cp.layout)
     sent = sum(swap.sent_rows for swap in swaps)
-    distances = [(rank, (rank + d) % size, (rank - d) % size) for d in range(1, size)]
     return AttentionStats(
         start,
         blocks,
@@ -218,7 +218,9 @@ def _stats(
         bytes_dense=(size - 1) * plan.own * kv,
         bytes_causal=int(causal[rank].sum()) * kv,
         bytes_gates=sent * gate,
+        peers=size - 1,
         pairs_sent=sum(swap.messages for swap in swaps),
-        pairs=size - 1,
-        stages_run=sum(bool(plan.counts[r, to] or plan.counts[came, r]) for r, to, came in distances),
+        pairs_causal=int(np.count_nonzero(causal[rank])),
+        stages_run=busy_distances(plan.counts, rank),
+        stages_causal=busy_distances(causal, rank),
     )

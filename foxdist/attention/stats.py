@@ -25,12 +25,16 @@ class AttentionStats:
     """K and V that causality alone makes this rank send: what the plan sends with nothing pruned."""
     bytes_gates: int = 0
     """Gate sums sent along with K and V."""
+    peers: int = 0
+    """P - 1: the messages that a dense ring sends, and its stages."""
     pairs_sent: int = 0
-    """Ranks that this rank sent anything to, of `pairs`."""
-    pairs: int = 0
-    """P - 1."""
+    """Ranks that this rank sent anything to."""
+    pairs_causal: int = 0
+    """The same with nothing pruned."""
     stages_run: int = 0
-    """Ring distances over which this rank sent or received anything, of `pairs`."""
+    """Ring distances over which this rank sent or received anything."""
+    stages_causal: int = 0
+    """The same with nothing pruned."""
 
     @property
     def kept_by_head(self) -> torch.Tensor:

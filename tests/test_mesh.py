@@ -1,0 +1,64 @@
+"""Ranks as launchers describe them."""
+
+import os
+
+import pytest
+import torch.distributed as dist
+
+from foxdist import mesh
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {"SLURM_NTASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A process without a launcher; what a test or the code under test sets is undone."""
+    before = dict(os.environ)
+    for name in (*LAUNCHER, *SLURM, "SLURM_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def completed():
+    mesh._complete_environment()
+    return [os.environ[name] for name in LAUNCHER[:4]]
+
+
+def test_plain_python_is_one_rank(environment):
+    assert mesh.world_from_environment() == 1
+    assert completed() == ["0", "1", "0", "1"]
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+@pytest.mark.parametrize("per_node, local", [("2(x3),1", "2"), ("3,2,2", "2"), ("2,2,3", "3")])
+def test_srun(environment, per_node, local):
+    for name, value in (SLURM | {"SLURM_TASKS_PER_NODE": per_node, "MASTER_ADDR": "n1", "MASTER_PORT": "1"}).items():
+        environment.setenv(name, value)
+    assert mesh.world_from_environment() == 7
+    assert completed() == ["5", "7", "1", local]
+
+
+def test_srun_without_an_address_is_named(environment):
+    for name, value in (SLURM | {"SLURM_TASKS_PER_NODE": "3,2,2"}).items():
+        environment.setenv(name, value)
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        completed()
+
+
+def test_deepspeed_names_the_local_world_otherwise(environment):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        environment.setenv(name, value)
+    assert completed() == ["3", "4", "1", "2"]
+
+
+def places(rank, size, cp):
+    m = mesh.start(cp, 2)
+    return m.dp, m.dp_rank, m.cp_rank, sorted(dist.get_process_group_ranks(m.cp_group))
+
+
+def test_cp_is_innermost(ranks):
+    assert ranks(4, places, 2) == [(2, 0, 0, [0, 1]), (2, 0, 1, [0, 1]), (2, 1, 0, [2, 3]), (2, 1, 1, [2, 3])]
