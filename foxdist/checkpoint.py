@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from foxdist import zero
 from foxdist.config import ConfigError
 from foxdist.log import log
 from foxdist.mesh import Mesh
@@ -32,13 +33,14 @@ class Saved:
 
     step: int
     world: int
-    zero: int
+    stage: int
+    """ZeRO."""
     data: dict[str, Any]
     files: dict[str, tuple[int, str]]
     """Size in bytes and BLAKE2b of each file."""
 
 
-def save(engine: Any, root: Path, mesh: Mesh, *, step: int, zero: int, data: dict[str, Any], keep: int) -> Path:
+def save(engine: Any, root: Path, mesh: Mesh, *, step: int, stage: int, data: dict[str, Any], keep: int) -> Path:
     """Writes the checkpoint of `step`; every rank must call. Keeps the newest `keep`."""
     folder = root / f"step_{step:08d}"
     work = folder.with_name(folder.name + ".unfinished")
@@ -46,7 +48,7 @@ def save(engine: Any, root: Path, mesh: Mesh, *, step: int, zero: int, data: dic
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(root), tag=work.name, save_latest=False)
+    zero.save(engine, work)
     torch.save(_random_state(), work / f"random_{mesh.rank:05d}.pt")
     dist.barrier()
     hashes: list[dict[str, tuple[int, str]] | None] = [None] * mesh.world
@@ -54,7 +56,7 @@ def save(engine: Any, root: Path, mesh: Mesh, *, step: int, zero: int, data: dic
     dist.all_gather_object(hashes, {n: _fingerprint(work / n) for n in names[mesh.rank :: mesh.world]})
     if mesh.rank == 0:
         files = {name: value for part in hashes if part for name, value in part.items()}
-        saved = Saved(step, mesh.world, zero, data, dict(sorted(files.items())))
+        saved = Saved(step, mesh.world, stage, data, dict(sorted(files.items())))
         _write(work / MANIFEST, json.dumps(saved.__dict__, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         work.replace(folder)
@@ -65,7 +67,7 @@ def save(engine: Any, root: Path, mesh: Mesh, *, step: int, zero: int, data: dic
     return folder
 
 
-def load(engine: Any, root: Path, mesh: Mesh, *, zero: int) -> Saved | None:
+def load(engine: Any, root: Path, mesh: Mesh, *, stage: int) -> Saved | None:
     """Restores the newest good checkpoint and returns what it says, or None if there is none; every rank must call.
 
     A damaged one is passed over with a warning. Raises `ConfigError` if the checkpoint was saved on another number of
@@ -80,14 +82,13 @@ def load(engine: Any, root: Path, mesh: Mesh, *, zero: int) -> Saved | None:
         if wrong or saved is None:
             log.warning("%s is damaged (%s); falling back to the one before", folder, "; ".join(wrong))
             continue
-        if (saved.world, saved.zero) != (mesh.world, zero):
+        if (saved.world, saved.stage) != (mesh.world, stage):
             raise ConfigError(
                 f"train.run_dir={root.parent}: its checkpoint of step {saved.step} was saved on {saved.world} "
-                f"ranks with parallel.zero={saved.zero}; this job has {mesh.world} ranks with parallel.zero={zero}; "
-                f"run it on {saved.world} ranks with parallel.zero={saved.zero}, or start a new train.run_dir"
+                f"ranks with parallel.zero={saved.stage}; this job has {mesh.world} ranks with parallel.zero={stage}; "
+                f"run it on {saved.world} ranks with parallel.zero={saved.stage}, or start a new train.run_dir"
             )
-        path, _ = engine.load_checkpoint(str(root), tag=folder.name)
-        assert path is not None, f"DeepSpeed found nothing in {folder}"
+        zero.load(engine, folder)
         _restore_random_state(torch.load(folder / f"random_{mesh.rank:05d}.pt", weights_only=True))
         return saved
     return None

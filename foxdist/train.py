@@ -152,7 +152,7 @@ def build(config: Config, mesh: Mesh) -> Run:
         workers=config.data.workers,
     )
     result = Run(config, mesh, accumulation, model, engine, loader, Guard(model, mesh.device), Clock(mesh.device))
-    saved = checkpoint.load(engine, run_folder.checkpoints(config.train.run_dir), mesh, zero=options.zero)
+    saved = checkpoint.load(engine, run_folder.checkpoints(config.train.run_dir), mesh, stage=options.zero)
     if saved:
         loader.restore(saved.data)
         result.step = saved.step
@@ -257,7 +257,7 @@ def save(run: Run) -> None:
         run_folder.checkpoints(config.train.run_dir),
         run.mesh,
         step=run.step,
-        zero=config.parallel.zero,
+        stage=config.parallel.zero,
         data=run.loader.state(),
         keep=config.checkpoint.keep,
     )

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config
     Every rank must call, with equal parameters, after `mesh.start`.
     """
     deepspeed = import_deepspeed()
-    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use, five times
+    with _quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config(config, accumulation))
     return engine
 
@@ -41,6 +42,24 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own is compiled at first use (minutes)
         "steps_per_print": 2**31,
     }
+
+
+def save(engine: Any, folder: Path) -> None:
+    """Writes parameters and this rank's share of the optimizer into `folder`; every rank calls."""
+    with _quiet():
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+
+def load(engine: Any, folder: Path) -> None:
+    """Restores what `save` wrote, on as many ranks and in the same stage; every rank calls."""
+    with _quiet():
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+
+
+def _quiet() -> contextlib.redirect_stdout:
+    """DeepSpeed prints the memory in use, and the names of its own functions, whatever its log level."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def import_deepspeed() -> Any:
