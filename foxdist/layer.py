@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention
-from foxdist.attention.meter import Meter
 from foxdist.attention.shift import previous_token
+from foxdist.attention.stats import Meter
 from foxdist.config import Model
 
 

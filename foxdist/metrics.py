@@ -6,13 +6,13 @@ only there; between logged steps nothing waits for the device.
 
 import math
 import resource
-from dataclasses import fields
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from foxdist.attention.meter import Counts
+from foxdist.attention.stats import Counts, Traffic
 from foxdist.config import Config
 from foxdist.layout import BLOCK
 from foxdist.mesh import Mesh
@@ -21,7 +21,6 @@ from foxdist.model import flops_per_token
 MIB = 2**20
 # Dense bf16 peak, TFLOP/s, from the makers' data sheets. A GPU that is not listed reports no MFU rather than a guess.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-_TRAFFIC = tuple(f.name for f in fields(Counts) if f.name.startswith(("bytes_", "peers", "pairs_", "stages_")))
 
 
 def step_metrics(
@@ -66,10 +65,11 @@ def _tiles(kept: torch.Tensor, possible: torch.Tensor, blocks: torch.Tensor) -> 
 
 def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
     """A step's traffic; totals are over all ranks, lists hold one number a rank."""
-    mine = [float(sum(getattr(c, name) for c in layers)) / steps for name in _TRAFFIC]
-    every = [torch.empty(len(mine), dtype=torch.float64, device=mesh.device) for _ in range(mesh.world)]
-    dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=mesh.device))
-    of = dict(zip(_TRAFFIC, torch.stack(every).T.cpu()))
+    total = sum((counts.traffic for counts in layers), Traffic())
+    mine = torch.tensor(astuple(total), dtype=torch.float64, device=mesh.device) / steps
+    every = [torch.empty_like(mine) for _ in range(mesh.world)]
+    dist.all_gather(every, mine)
+    of = dict(zip(asdict(total), torch.stack(every).T.cpu()))
     sent, dense, causal = (of[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal"))
     return {
         "comm/kv_sent(MiB)": float(sent.sum()),

@@ -28,7 +28,6 @@ ORDER = [
     "attention.transport",
     "attention.exchange",
     "attention.tiles",
-    "attention.meter",
     "attention.shift",
     "attention.ring",
     "attention.interface",

@@ -1,13 +1,15 @@
 """Attention over ranks against its definition on one process, and what really travels."""
 
 import functools
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
+from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention, naive_forgetting_attention, transport
 from foxdist.layout import BLOCK, blocks_of, chunk_count, shard, unshard
 
 from cases import gradients, inputs, relative
@@ -145,7 +147,7 @@ def test_only_needed_pages_travel(ranks, layout, schedule, kv_heads):
         assert stats.bytes_sent == lent[rank] * kv
         assert sent["forward"] == lent[rank] * (kv + gate)
         assert stats.bytes_dense == (size - 1) * 2 * kv_heads * (LENGTH // size // BLOCK) * kv
-        assert stats.bytes_sent <= stats.bytes_causal <= stats.bytes_dense
+        assert stats.bytes_sent <= stats.traffic.bytes_causal <= stats.bytes_dense
     # Backward: the same pages again, and every borrowed page's gradients home (a page lent is a page returned).
     assert sum(a[0]["backward"] for a in answers) == 2 * sum(lent) * (kv + gate)
 
@@ -156,17 +158,56 @@ def test_nothing_travels_when_nothing_is_kept_of_others(ranks):
     case = ("open", 4, LENGTH, (0, LENGTH // 2))
     for sent, stats in ranks(size, count_bytes, case, layout, "auto", Acp(logit_bound=4.0)):
         assert sent == {"forward": 0, "backward": 0}
-        assert (stats.bytes_sent, stats.pairs_sent, stats.stages_run, stats.peers) == (0, 0, 0, 1)
-        assert stats.stages_causal == 1
+        assert (stats.bytes_sent, stats.traffic.pairs_sent, stats.traffic.stages_run, stats.traffic.peers) == (
+            0,
+            0,
+            0,
+            1,
+        )
+        assert stats.traffic.stages_causal == 1
     # Contiguous: the first rank lends to the second, never the other way.
-    assert [s.pairs_causal for _, s in ranks(size, count_bytes, case, layout, "auto", None)] == [1, 0]
+    assert [s.traffic.pairs_causal for _, s in ranks(size, count_bytes, case, layout, "auto", None)] == [1, 0]
 
 
 def test_dense_sends_what_causality_needs(ranks):
     for sent, stats in ranks(3, count_bytes, ("open", 4), "zigzag", "ring", None):
-        assert stats.bytes_sent == stats.bytes_causal
-        assert (stats.pairs_sent, stats.stages_run) == (stats.pairs_causal, stats.stages_causal)
-        assert sent["forward"] == stats.bytes_sent + stats.bytes_gates
+        assert stats.bytes_sent == stats.traffic.bytes_causal
+        assert (stats.traffic.pairs_sent, stats.traffic.stages_run) == (
+            stats.traffic.pairs_causal,
+            stats.traffic.stages_causal,
+        )
+        assert sent["forward"] == stats.bytes_sent + stats.traffic.bytes_gates
+
+
+def most_pages(rank, size, schedule):
+    """The most pages in flight or borrowed at once, of what this rank borrows and owns; forward and backward."""
+    alive, most = 0, 0
+    real = transport.Swap.__init__
+
+    def init(self, cp, rows, sends, receives):
+        nonlocal alive, most
+        real(self, cp, rows, sends, receives)
+        alive += sum(receives)
+        most = max(most, alive)
+        weakref.finalize(self._buffers[0].untyped_storage(), released, sum(receives))
+
+    def released(count):
+        nonlocal alive
+        alive -= count
+
+    transport.Swap.__init__ = init
+    try:
+        gc.collect()
+        attend(rank, size, ("open", 4), "contiguous", schedule, None)
+    finally:
+        transport.Swap.__init__ = real
+    return most, 2 * 4 * LENGTH // size // BLOCK
+
+
+def test_a_ring_holds_two_stages_and_a_gather_all(ranks):
+    for rank, (most, own) in enumerate(ranks(4, most_pages, "ring")):
+        assert most <= 2 * own, (rank, most, own)
+    assert max(most for most, _ in ranks(4, most_pages, "gather")) > 2 * own
 
 
 def reject(rank, size):

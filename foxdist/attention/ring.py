@@ -26,7 +26,7 @@ from foxdist.attention.merge import merge
 from foxdist.attention.pages import Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
 from foxdist.attention.replay import remember
-from foxdist.attention.stats import AttentionStats
+from foxdist.attention.stats import AttentionStats, Traffic
 from foxdist.attention.tiles import Queries, tiles_backward, tiles_forward
 from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
 from foxdist.layout import BLOCK, blocks_of, chunk_count, unshard
@@ -193,32 +193,29 @@ def _gate_gradient(dc: torch.Tensor, blocks: torch.Tensor, cp: ContextParallel |
 
 
 def _stats(
-    start: torch.Tensor,
-    pool: Pages,
-    plan: Plan | None,
-    cp: ContextParallel | None,
-    swaps: list[Swap],
-    backend: str,
+    start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap], backend: str
 ) -> AttentionStats:
-    blocks = _own_blocks(start.shape[2], cp, start.device)
-    if plan is None or cp is None:
-        total = start.shape[2]
-        return AttentionStats(start, blocks, start.shape[0] * total * (total + 1) // 2, backend)
-    own = blocks_of(cp.rank, cp.size, plan.blocks, cp.layout)  # on the host: counting must not wait for the device
-    kv, gate = pool.bytes_each()
-    rank, size = cp.rank, cp.size
-    causal = causal_counts(*plan.need.shape[:2], plan.blocks, size, cp.layout)
-    sent = sum(swap.sent_rows for swap in swaps)
+    rows, _, total = start.shape
+    on_host = _own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
     return AttentionStats(
-        start,
-        blocks,
-        start.shape[0] * int((own + 1).sum()),
-        backend,
+        start=start,
+        blocks=_own_blocks(total, cp, start.device),
+        causal_by_head=rows * int((on_host + 1).sum()),
+        backend=backend,
+        traffic=_traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic(),
+    )
+
+
+def _traffic(plan: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:
+    kv, gate = pool.bytes_each()
+    causal = causal_counts(*plan.need.shape[:2], plan.blocks, plan.size, plan.layout)
+    sent = sum(swap.sent_rows for swap in swaps)
+    return Traffic(
         bytes_sent=sent * kv,
-        bytes_dense=(size - 1) * plan.own * kv,
+        bytes_dense=(plan.size - 1) * plan.own * kv,
         bytes_causal=int(causal[rank].sum()) * kv,
         bytes_gates=sent * gate,
-        peers=size - 1,
+        peers=plan.size - 1,
         pairs_sent=sum(swap.messages for swap in swaps),
         pairs_causal=int(np.count_nonzero(causal[rank])),
         stages_run=busy_distances(plan.counts, rank),

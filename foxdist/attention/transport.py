@@ -52,11 +52,10 @@ class Swap:
 
     def __init__(self, cp: ContextParallel, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]):
         assert sum(sends) == len(rows), f"{sends=} {rows.shape=}"
-        self.rows = rows  # the backend reads it until the wait
-        self.arriving = rows.new_empty(sum(receives), *rows.shape[1:])
+        arriving = rows.new_empty(sum(receives), *rows.shape[1:])
         self.sent_rows = self.messages = 0
         operations = []
-        for peer, (outgoing, incoming) in enumerate(zip(rows.split(list(sends)), self.arriving.split(list(receives)))):
+        for peer, (outgoing, incoming) in enumerate(zip(rows.split(list(sends)), arriving.split(list(receives)))):
             if peer == cp.rank:
                 incoming.copy_(outgoing)
                 continue
@@ -67,19 +66,21 @@ class Swap:
                 operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group))
                 self.sent_rows += len(outgoing)
                 self.messages += 1
-        self.works = dist.batch_isend_irecv(operations) if operations else []
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+        self._buffers: tuple[torch.Tensor, ...] = (arriving, rows)  # the backend uses both until the wait
         if not cp.overlap:
             self._finish()
 
     def _finish(self) -> None:
-        for work in self.works:
+        for work in self._works:
             work.wait()
-        self.works = []
+        self._works = []
 
     def wait(self) -> torch.Tensor:
-        """The rows that arrived [sum(receives), W], in rank order of their senders."""
+        """The rows that arrived [sum(receives), W], in rank order of their senders. Called once: it lets go of them."""
         self._finish()
-        return self.arriving
+        (arriving, _), self._buffers = self._buffers, ()
+        return arriving
 
 
 def all_gather(cp: ContextParallel, x: torch.Tensor) -> list[torch.Tensor]:
