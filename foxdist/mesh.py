@@ -18,17 +18,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from foxdist.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands. `cp_group` is None without a process group (`--check`)."""
+    """Where this process stands."""
 
     rank: int
     world: int
     local_rank: int
     cp: int
     device: torch.device
-    cp_group: dist.ProcessGroup | None = None
+    cp_group: dist.ProcessGroup
+    """The ranks that share this rank's sequences."""
 
     @property
     def dp(self) -> int:
@@ -93,7 +96,7 @@ def _complete_environment() -> None:
         ]
         env["LOCAL_WORLD_SIZE"] = str(per_node[int(env["SLURM_NODEID"])])
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise ValueError(
+            raise ConfigError(
                 "MASTER_ADDR, MASTER_PORT: not set under srun; must be an address of the job's first node and a free "
                 "port, the same for all ranks; export them before srun"
             )

@@ -27,7 +27,7 @@ from foxdist import mesh as meshes
 from foxdist.attention import Acp, ContextParallel
 from foxdist.check import describe
 from foxdist.clock import Clock
-from foxdist.config import Config
+from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, Loader
 from foxdist.guard import Guard, NonFiniteError, check_update
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
         run = build(config, mesh)
-    except ValueError as error:  # the user's to mend; anything else is ours, and keeps its traceback
+    except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
     try:
         train(run)
@@ -103,22 +103,22 @@ def _fail(error: Exception, status: int) -> int:
 
 
 def check_before_start(config: Config, world: int) -> None:
-    """All mistakes that need no process group to be seen. Raises `ValueError`."""
+    """All mistakes that need no process group to be seen. Raises `ConfigError`."""
     configuration.check_world(config, world)
     prepared = open_folder(config.data.path)
     if prepared.sequence_length != config.data.sequence_length:
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"data.sequence_length={config.data.sequence_length}: {config.data.path} holds sequences of "
             f"{prepared.sequence_length} tokens; must be equal; set data.sequence_length={prepared.sequence_length} or "
             f"prepare with --sequence-length {config.data.sequence_length}"
         )
     if prepared.vocab > config.model.vocab:
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"model.vocab={config.model.vocab}: smaller than the {prepared.vocab} tokens of {config.data.path} "
             f"({prepared.tokenizer} tokenizer); must be at least that; set model.vocab={prepared.vocab}"
         )
     if config.parallel.transport == "nccl" and not torch.cuda.is_available():
-        raise configuration.ConfigError(
+        raise ConfigError(
             "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
         )
     check_wandb(config)
@@ -132,7 +132,7 @@ def build(config: Config, mesh: Mesh) -> Run:
         run_folder.create(config)
     torch.manual_seed(config.train.seed)
     options = config.parallel
-    cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp_group else None
+    cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
     model = FoX(
         config.model,
         acp=Acp(log_eps=config.acp.log_eps, bound=config.acp.bound) if config.acp.enabled else None,
@@ -201,9 +201,9 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.
     with clock.part("data"):
         batch = next(batches)
         # Every rank of a cp group counts the same sequences, hence / cp.
-        totals = torch.tensor([0.0, batch.targets() / mesh.cp], dtype=torch.float64, device=mesh.device)
-        dist.all_reduce(totals)
-    scale = gradient_scale(totals[1], mesh.world).float()
+        targets = torch.tensor(batch.targets() / mesh.cp, dtype=torch.float64, device=mesh.device)
+        dist.all_reduce(targets)
+    scale = gradient_scale(targets, mesh.world).float()
     run.step += 1
     set_learning_rate(engine, learning_rate(config, run.step * config.train.tokens_per_step))
     loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -219,7 +219,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.
             engine.step()
     check_update(engine, run.step)
     dist.all_reduce(loss_sum)
-    return loss_sum, totals[1]
+    return loss_sum, targets
 
 
 def micro_batches(run: Run, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -229,7 +229,7 @@ def test_unknown_options_are_named(options, word):
         ContextParallel(None, **options)
 
 
-def test_one_rank_is_no_special_case(ranks):
+def test_a_group_of_one_is_no_group(ranks):
     (got, _), = ranks(1, attend, ("mixed", 2), "zigzag", "auto", None)  # fmt: skip
     tensors, _ = whole("mixed", 2)
     reference = gradients(forgetting_attention, tensors)

@@ -49,6 +49,7 @@ def forgetting_attention(
             "pass a number for all heads"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    cp = cp if cp is not None and cp.size > 1 else None
     out, stats = RingAttention.apply(q, k, v, log_f, Call(scale, acp, cp, "torch"))
     return (out, stats) if return_stats else out
 
@@ -80,7 +81,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tenso
         )
     if not log_f.is_cuda and not bool(((log_f <= 0) & log_f.isfinite()).all()):
         raise ValueError("log_f: holds values that are positive or not finite; must be <= 0; use logsigmoid")
-    if cp is not None:
+    if cp is not None and cp.size > 1:
         own = chunk_count(cp.size, cp.layout) // cp.size
         if T % (own * BLOCK):
             raise ValueError(

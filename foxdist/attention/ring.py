@@ -34,7 +34,7 @@ from foxdist.layout import BLOCK, blocks_of, chunk_count, unshard
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The options of one call, after checking."""
+    """The options of one call, after checking. `cp` is None where one rank holds the sequence."""
 
     scale: float
     acp: Acp | None
@@ -176,7 +176,7 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
 
 def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> tuple[Plan | None, tuple[Route, ...]]:
     """The plan of all ranks and this rank's routes, one for each stage. Reads the chunks' starts to the host."""
-    if cp is None or cp.size == 1:
+    if cp is None:
         return None, ()
     rows, _, blocks = start.shape
     chunk = blocks // chunk_count(cp.size, cp.layout)

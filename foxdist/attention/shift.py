@@ -17,7 +17,7 @@ def previous_token(x: torch.Tensor, cp: ContextParallel | None = None) -> torch.
 
     x: [B, T, F], with `cp` this rank's part in layout order. Differentiable; every rank of `cp` must call.
     """
-    return _PreviousToken.apply(x, cp)
+    return _PreviousToken.apply(x, cp if cp is not None and cp.size > 1 else None)
 
 
 class _PreviousToken(torch.autograd.Function):

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from foxdist.config import ConfigError
+
 NAME = "foxdist.json"
 
 
@@ -35,29 +37,29 @@ def unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".unfinished")
 
 
-def open_folder(path: Path, field: str = "data.path") -> Prepared:
-    """The description of a finished folder. Raises `ValueError` if it is not there or not whole, saying what to run."""
+def open_folder(path: Path) -> Prepared:
+    """The description of a finished folder. Raises `ConfigError` if it is not there or not whole."""
     how = f"run: python -m foxdist.data prepare INPUT... --output {path}"
     if not path.is_dir() and unfinished(path).is_dir():
-        raise ValueError(
-            f"{field}={path}: its preparation did not finish; must be complete; run the same prepare again"
+        raise ConfigError(
+            f"data.path={path}: its preparation did not finish; must be complete; run the same prepare again"
         )
     if not path.is_dir():
-        raise ValueError(f"{field}={path}: no such folder; must be prepared data; {how}")
+        raise ConfigError(f"data.path={path}: no such folder; must be prepared data; {how}")
     if not (path / NAME).is_file():
-        raise ValueError(f"{field}={path}: holds no {NAME}; must be a folder that prepare wrote; {how}")
+        raise ConfigError(f"data.path={path}: holds no {NAME}; must be a folder that prepare wrote; {how}")
     try:
         found = Prepared.model_validate_json((path / NAME).read_text())
         shards = json.loads((path / "index.json").read_text())["shards"]
     except (ValidationError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{field}={path}: {NAME} or index.json is damaged ({error}); prepare again, elsewhere"
+        raise ConfigError(
+            f"data.path={path}: {NAME} or index.json is damaged ({error}); prepare again, elsewhere"
         ) from None
     for shard in shards:
         file, size = path / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
         if not file.is_file() or file.stat().st_size != size:
-            raise ValueError(
-                f"{field}={path}: shard {file.name} is missing or not {size} bytes long; must be as it was written; "
+            raise ConfigError(
+                f"data.path={path}: shard {file.name} is missing or not {size} bytes long; must be as it was written; "
                 "restore it, or delete the folder and prepare again"
             )
     return found

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foxdist.config import ConfigError
 from foxdist.data.folder import Prepared
 from foxdist.data.streaming_import import import_streaming
 from foxdist.loss import IGNORE
@@ -70,7 +71,7 @@ class Loader:
     ):
         self.steps_per_epoch = prepared.sequences // global_batch
         if not self.steps_per_epoch:
-            raise ValueError(
+            raise ConfigError(
                 f"data.path={path}: holds {prepared.sequences} sequences; a step needs {global_batch} "
                 "(train.tokens_per_step / data.sequence_length); prepare more text or lower train.tokens_per_step"
             )
