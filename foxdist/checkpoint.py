@@ -22,7 +22,7 @@ import torch.distributed as dist
 from foxdist import zero
 from foxdist.config import ConfigError
 from foxdist.log import log
-from foxdist.mesh import Mesh
+from foxdist.mesh import Mesh, broadcast
 
 MANIFEST = "manifest.json"
 
@@ -76,8 +76,9 @@ def load(engine: Any, root: Path, mesh: Mesh, *, stage: int) -> Saved | None:
     if mesh.rank == 0:
         for torn in root.glob("step_*.unfinished"):
             shutil.rmtree(torn)
-    for folder in sorted(root.glob("step_????????"), reverse=True):
-        saved = _read_manifest(folder)
+    # What rank 0 reads counts for all: on a network file system another node may see an older state for a while.
+    newest_first = sorted(root.glob("step_????????"), reverse=True)
+    for folder, saved in broadcast([(folder, _read_manifest(folder)) for folder in newest_first]):
         wrong = ["no readable manifest"] if saved is None else _damage(folder, saved, mesh)
         if wrong or saved is None:
             log.warning("%s is damaged (%s); falling back to the one before", folder, "; ".join(wrong))

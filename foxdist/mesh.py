@@ -12,13 +12,17 @@ wherever cp allows, and mosaicml-streaming's `replication` asks for the same ord
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from foxdist.config import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,32 @@ def start(cp: int, timeout_minutes: float) -> Mesh:
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leaves the process group, all ranks together: none takes away what another still reads."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value on every rank; every rank must call. Any object that pickles."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_rank_0(fn: Callable[[], T]) -> T | None:
+    """Calls `fn` on rank 0 alone: its result there, None elsewhere, and what it raises on every rank."""
+    result, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = fn()
+        except Exception as e:
+            error = e
+    error = broadcast(error)
+    if error is not None:
+        raise error
+    return result
 
 
 def _complete_environment() -> None:

@@ -1,12 +1,15 @@
-"""The run folder: what configuration it belongs to, and where things lie in it."""
+"""The run folder: what configuration it belongs to, which job trains in it, and where things lie in it."""
 
+import fcntl
 import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from foxdist.config import Config, ConfigError, dump
+from foxdist.log import log
 
 # What may change between two starts of one run, because it changes neither the model, nor the data, nor the meaning of
 # a step. The length may: a longer run is the usual reason to start again (and it stretches a cosine schedule).
@@ -56,10 +59,32 @@ def check(config: Config) -> None:
         )
 
 
-def create(config: Config) -> None:
-    """Makes the folder and writes the resolved configuration into it."""
-    config.train.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.train.run_dir / "config.yaml").write_text(dump(config))
+def take(config: Config) -> TextIO:
+    """Makes the folder this job's own and writes the resolved configuration into it; for rank 0.
+
+    Returns the open lock file. The folder is let go when that is closed or the process ends, however it ends. Raises
+    `ConfigError` while another process holds it: ranks live on when their launcher is killed, and two jobs would mix
+    their checkpoints.
+    """
+    folder = config.train.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("a+")
+    try:
+        # A record lock: it is no child's (data workers may outlive us by seconds), and network file systems know it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ConfigError(
+            f"train.run_dir={folder}: {file.read().strip() or 'another process'} trains in it; must be one job at a "
+            "time; wait for it, stop it, or choose a new train.run_dir"
+        ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): see to it that no other job trains in it", folder, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    (folder / "config.yaml").write_text(dump(config))
+    return file
 
 
 def checkpoints(run_dir: Path) -> Path:

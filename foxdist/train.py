@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class Run:
     loader: Loader
     guard: Guard
     clock: Clock
+    lock: TextIO | None
+    """On rank 0: the run folder is this job's as long as this is open."""
     step: int = 0
 
 
@@ -128,8 +130,7 @@ def check_before_start(config: Config, world: int) -> None:
 def build(config: Config, mesh: Mesh) -> Run:
     """Model, engine and data, restored from the newest checkpoint if there is one."""
     _, accumulation = configuration.check_world(config, mesh.world)
-    if mesh.rank == 0:
-        run_folder.create(config)
+    lock = meshes.on_rank_0(lambda: run_folder.take(config))
     torch.manual_seed(config.train.seed)
     options = config.parallel
     cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
@@ -151,7 +152,8 @@ def build(config: Config, mesh: Mesh) -> Run:
         seed=config.train.seed,
         workers=config.data.workers,
     )
-    result = Run(config, mesh, accumulation, model, engine, loader, Guard(model, mesh.device), Clock(mesh.device))
+    guard, clock = Guard(model, mesh.device), Clock(mesh.device)
+    result = Run(config, mesh, accumulation, model, engine, loader, guard, clock, lock)
     saved = checkpoint.load(engine, run_folder.checkpoints(config.train.run_dir), mesh, stage=options.zero)
     if saved:
         loader.restore(saved.data)

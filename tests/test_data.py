@@ -227,6 +227,17 @@ def test_worker_processes_change_nothing(ranks, tmp_path):
     assert plain == workers
 
 
+def test_jobs_share_no_names_on_a_node(tmp_path, monkeypatch):
+    """The names of two jobs' shared memory never meet, so neither can take away the other's saved position."""
+    folder = write_data(tmp_path / "data", documents=10)
+    numbers = iter([1_900_000_000, 7])
+    monkeypatch.setattr("secrets.randbelow", lambda n: next(numbers))
+    options = {"batch": 1, "global_batch": 1, "cp": 1, "shuffle": False, "seed": 0, "workers": 0}
+    one, two = (Loader(folder, open_folder(folder), **options) for _ in range(2))
+    assert one._loader.dataset._shm_prefix_int == 1_900_000_000
+    assert 7 <= two._loader.dataset._shm_prefix_int < 1_000_000  # the first from 7 on that is free here
+
+
 def test_too_little_data_is_named(tmp_path):
     data = write_data(tmp_path / "data", documents=2)
     with pytest.raises(ValueError, match="a step needs 512"):

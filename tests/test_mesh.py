@@ -62,3 +62,19 @@ def places(rank, size, cp):
 
 def test_cp_is_innermost(ranks):
     assert ranks(4, places, 2) == [(2, 0, 0, [0, 1]), (2, 0, 1, [0, 1]), (2, 1, 0, [2, 3]), (2, 1, 1, [2, 3])]
+
+
+def first_speaks(rank, size):
+    def fail():
+        raise ValueError(f"seen by rank {dist.get_rank()}")
+
+    answers = [mesh.on_rank_0(lambda: f"rank {rank}"), mesh.broadcast([rank])]
+    try:
+        mesh.on_rank_0(fail)
+    except ValueError as error:
+        answers.append(str(error))
+    return answers
+
+
+def test_what_rank_0_meets_every_rank_learns(ranks):
+    assert ranks(2, first_speaks) == [["rank 0", [0], "seen by rank 0"], [None, [0], "seen by rank 0"]]

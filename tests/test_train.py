@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -18,7 +18,7 @@ from foxdist import train as training
 from foxdist.guard import NonFiniteError
 from foxdist.log import log
 
-from runs import command, environment, launch, rows, tree, write_data, write_yaml
+from runs import TRAIN, command, environment, launch, rows, tree, write_data, write_yaml
 
 STEPS = 20
 
@@ -163,7 +163,10 @@ def go(rank, size, values):
 
 
 def test_a_killed_run_continues_to_the_last_bit(ranks, data, tmp_path):
-    """SIGKILL of all ranks after step 10; the same command again; the losses of an uninterrupted run, exactly."""
+    """SIGKILL of all ranks after step 10; the same command again; the losses of an uninterrupted run, exactly.
+
+    Between the launcher's death and its ranks' the folder is still theirs.
+    """
     values = tree(data, tmp_path / "whole", parallel__cp=2, parallel__zero=2, checkpoint__every=4)
     config = write_yaml(tmp_path, values)
     ranks(2, go, values)
@@ -175,8 +178,16 @@ def test_a_killed_run_continues_to_the_last_bit(ranks, data, tmp_path):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.time() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+    assert len(trainers) == 2
+    for p in trainers:
+        p.suspend()  # or they would be done before the next call is
+    process.kill()  # the launcher alone: its ranks live on
     process.wait()
+    assert "trains in it" in launch(config, torn, ranks=2, expect=1)
+    for p in trainers:
+        p.kill()
+    psutil.wait_procs(trainers)
     assert max(losses(tmp_path / "torn")) < STEPS, "too late to test anything"
     assert "continuing" in launch(config, torn, ranks=2)
     assert losses(tmp_path / "torn") == losses(tmp_path / "whole")

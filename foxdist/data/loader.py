@@ -5,6 +5,7 @@ step depends on neither dp nor the micro-batch. The ranks of a cp group get the 
 `replication`); cutting them up is the trainer's part.
 """
 
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,9 @@ import torch
 
 from foxdist.config import ConfigError
 from foxdist.data.folder import Prepared
-from foxdist.data.streaming_import import import_streaming
+from foxdist.data.streaming_import import import_streaming, number_shared_memory_from
 from foxdist.loss import IGNORE
+from foxdist.mesh import broadcast
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Loader:
             )
         self._epoch_size = self.steps_per_epoch * global_batch
         streaming = import_streaming()
+        number_shared_memory_from(broadcast(secrets.randbelow(2**31)))
         dataset = streaming.StreamingDataset(
             local=str(path),
             shuffle=shuffle,

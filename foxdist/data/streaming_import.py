@@ -1,10 +1,13 @@
 """The one door to mosaicml-streaming: every import of it goes through `import_streaming`.
 
-It imports torchvision for its image datasets. Beside a CPU build of torch, torchvision's wheel cannot load its compiled
-operators, and registering fake versions of two of them fails. Declaring those two is all it takes to import.
+Importing takes help because streaming imports torchvision for its image datasets. Beside a CPU build of torch,
+torchvision's wheel cannot load its compiled operators, and registering fake versions of two of them fails. Declaring
+those two is all it takes.
 """
 
+import itertools
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,3 +28,17 @@ def import_streaming() -> Any:
     # It warns at every start that `replication` needs care when resuming; loader.py takes it, and a test shows it.
     logging.getLogger("streaming").setLevel(logging.ERROR)
     return streaming
+
+
+def number_shared_memory_from(start: int) -> None:
+    """Numbers what datasets made from now on share between processes from `start` upward.
+
+    streaming takes the first number from 0 that looks free on the node. So two jobs that start together take the same
+    one, and the names of a killed job are removed a moment later, when the next job may have taken its number: among
+    them the name of the position to resume from, without which it starts over. Random starts keep jobs apart.
+    """
+    import_streaming()
+    from streaming.base.shared import prefix
+
+    assert callable(prefix._each_prefix_int)  # private: a release without it must not go unnoticed
+    prefix._each_prefix_int = partial(itertools.count, start)
