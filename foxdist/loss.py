@@ -13,6 +13,7 @@ gradient norm on any number of ranks.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a label without a target
 LOGITS_AT_ONCE = 2**25  # of one chunk of tokens: 128 MiB in float32
@@ -29,9 +30,10 @@ def gradient_scale(targets: torch.Tensor, world: int) -> torch.Tensor:
 def cross_entropy_sum(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of -log softmax(hidden @ weight.T)[label] over tokens, a float32 scalar; `IGNORE` labels add nothing.
 
-    hidden: [M, F]. weight: [V, F]. labels: [M] int64. Logits exist for `LOGITS_AT_ONCE / V` tokens at a time, in
-    float32, and both gradients are formed on the way forward, so that no logits are kept or computed twice. Memory
-    beyond inputs and gradients is independent of M * V.
+    hidden: [M, F]. weight: [V, F]. labels: [M] int64. Products are made in the dtype of the inputs,
+    as any Linear's; softmax and sums in float32. Logits exist for `LOGITS_AT_ONCE / V` tokens at a time, and both
+    gradients are formed on the way forward, so that no logits are kept or computed twice: memory beyond inputs and
+    gradients is independent of M * V.
     """
     return _CrossEntropySum.apply(hidden, weight, labels)
 
@@ -62,6 +64,7 @@ class _CrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (d_hidden * grad).to(d_hidden.dtype), (d_weight * grad).to(d_weight.dtype), None

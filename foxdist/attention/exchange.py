@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from foxdist.attention.pages import Pages, own_table
+from foxdist.attention.pages import Pages
 from foxdist.attention.plan import Plan
 from foxdist.attention.transport import ContextParallel, Swap
 from foxdist.layout import blocks_of
@@ -36,31 +36,53 @@ def make_route(plan: Plan, rank: int, distances: tuple[int, ...], device: torch.
     lent = [plan.pages(rank, p) if (p - rank) % size in distances else nothing for p in range(size)]
     borrowed = [plan.pages(p, rank) if (rank - p) % size in distances else nothing for p in range(size)]
 
-    own = own_table(rows, heads, blocks_of(rank, size, plan.blocks, plan.layout), plan.blocks).numpy()
+    own = blocks_of(rank, size, plan.blocks, plan.layout).numpy()
+    row, head, block = np.concatenate(lent).T
     table = np.full((rows, heads, plan.blocks), -1, np.int32)
     arriving = np.concatenate(borrowed)
     table[tuple(arriving.T)] = np.arange(len(arriving))
     return Route(
         sends=[len(x) for x in lent],
         receives=[len(x) for x in borrowed],
-        lent=torch.from_numpy(own[tuple(np.concatenate(lent).T)].astype(np.int64)).to(device),
+        # The own pool is ordered (batch row, K/V head, block), blocks ascending.
+        lent=torch.from_numpy((row * heads + head) * len(own) + np.searchsorted(own, block)).to(device),
         table=torch.from_numpy(table).to(device),
     )
 
 
-def lend(cp: ContextParallel, route: Route, pool: Pages) -> Swap:
-    """Posts the pages of `pool` that the route lends; `borrow` takes what arrives in exchange."""
-    return Swap(cp, _words([x[route.lent] for x in pool]), route.sends, route.receives)
+class Rounds:
+    """The stages of a plan in turn, from the side of one rank, whose own pages are `pool`; none without a plan.
 
+    `post` the first; then, while one is `posted`: `take` it, `post` the next, compute. So at most two stages' pages are
+    in memory, and a route, a table of the whole sequence, is made when its turn comes.
+    """
 
-def borrow(swap: Swap, pool: Pages) -> Pages:
-    """Waits for a `lend` and returns the borrowed pages, of the same kind as `pool`."""
-    return _pages(swap.wait(), pool)
+    def __init__(self, plan: Plan | None, cp: ContextParallel | None, pool: Pages):
+        self._plan, self._cp, self._pool = plan, cp, pool
+        self._stages = list(plan.stages(cp.schedule)) if plan and cp else []
+        self.posted: tuple[Route, Swap] | None = None
+        self.swaps: list[Swap] = []
+        """All that were posted, for their counts."""
 
+    def post(self) -> None:
+        """Posts the pages that the next stage lends, if there is another stage."""
+        assert self.posted is None
+        if self._stages and self._plan and self._cp:
+            route = make_route(self._plan, self._cp.rank, self._stages.pop(0), self._pool.k.device)
+            lent = _words([x[route.lent] for x in self._pool])
+            self.posted = route, Swap(self._cp, lent, route.sends, route.receives)
+            self.swaps.append(self.posted[1])
 
-def give_back(cp: ContextParallel, route: Route, grads: Pages) -> Swap:
-    """Posts the gradients of all borrowed pages on the route transposed; `take_back` adds what arrives."""
-    return Swap(cp, _words(list(grads)), route.receives, route.sends)
+    def take(self) -> tuple[Route, Pages]:
+        """Waits for the posted stage: its route and the borrowed pages."""
+        assert self.posted is not None
+        (route, swap), self.posted = self.posted, None
+        return route, _pages(swap.wait(), self._pool)
+
+    def give_back(self, route: Route, grads: Pages) -> Swap:
+        """Posts the gradients of a stage's borrowed pages on its route transposed; `take_back` adds what arrives."""
+        assert self._cp is not None
+        return Swap(self._cp, _words(list(grads)), route.receives, route.sends)
 
 
 def take_back(swap: Swap, route: Route, grads: Pages) -> None:

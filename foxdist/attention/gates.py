@@ -15,7 +15,9 @@ import torch
 
 from foxdist.layout import BLOCK
 
-RESET = -200.0  # log f of a document's first token: exp is exactly 0 in float32, and c_in stays precise
+# log f of a document's first token: exp is exactly 0 in float32, and c_in stays precise. It adds up over the documents
+# in a block: output errors of 5e-6, 1e-5 and 3e-5 with documents of 64, 16 and 2 tokens, where one alone has 4e-6.
+RESET = -200.0
 
 
 def to_blocks(x: torch.Tensor) -> torch.Tensor:

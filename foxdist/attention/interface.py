@@ -37,8 +37,9 @@ def forgetting_attention(
     return_stats: also return what was kept and sent. Default: False.
 
     Returns out [B, T, H, D] in q's dtype, differentiable in q, k, v and log_f, and `AttentionStats` if asked for.
-    Raises `ValueError` naming the argument. The values of log_f are checked on CPU only: on a GPU that would wait for
-    the device.
+    Raises `ValueError` naming the argument. The sign of log_f is checked on CPU only: on a GPU that would wait for the
+    device. Values that are not finite come out as they do of any torch operation: an error here would be one rank's
+    alone and leave the others waiting.
     """
     _check(q, k, v, log_f, cp)
     if backend not in BACKENDS:
@@ -79,8 +80,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tenso
             f"log_f: {log_f.dtype} {list(log_f.shape)} on {log_f.device}; must be torch.float32 [{B}, {T}, {H}] on "
             f"{q.device}; compute the log of the gate in float32, one for each query head"
         )
-    if not log_f.is_cuda and not bool(((log_f <= 0) & log_f.isfinite()).all()):
-        raise ValueError("log_f: holds values that are positive or not finite; must be <= 0; use logsigmoid")
+    if not log_f.is_cuda and bool((log_f > 0).any()):
+        raise ValueError("log_f: holds positive values; must be <= 0; use logsigmoid")
     if cp is not None and cp.size > 1:
         own = chunk_count(cp.size, cp.layout) // cp.size
         if T % (own * BLOCK):

@@ -48,11 +48,13 @@ class Plan:
     def pages(self, sender: int, receiver: int) -> np.ndarray:
         """Rows (batch row, K/V head, block) [M, 3] that `sender` hands to `receiver`, in message order."""
         length = self.blocks // self.need.shape[-1]
-        wanted = np.zeros((*self.need.shape[:2], self.blocks), bool)
-        for chunk in chunks_of(sender, self.size, self.layout):
-            kept = np.arange(length) >= length - self.need[:, :, receiver, chunk, None]
-            wanted[:, :, chunk * length : (chunk + 1) * length] = kept
-        return np.argwhere(wanted)
+        chunks = np.array(chunks_of(sender, self.size, self.layout))
+        counts = self.need[:, :, receiver, chunks]  # [B, K, chunks of the sender]
+        each = counts.ravel()
+        row, head, piece = np.unravel_index(np.repeat(np.arange(each.size), each), counts.shape)
+        # Suffixes: the last page of a piece is its chunk's last block.
+        backwards = np.repeat(each.cumsum(), each) - np.arange(each.sum())
+        return np.stack([row, head, (chunks[piece] + 1) * length - backwards], 1)
 
     def stages(self, schedule: str) -> tuple[tuple[int, ...], ...]:
         """The rounds of messages, each as the ring distances it covers: rank r sends to r + d and receives from r - d.

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from foxdist.attention import gates
 from foxdist.attention.acp import Acp, largest_norms, measured_bound, start_blocks
-from foxdist.attention.exchange import Route, borrow, give_back, lend, make_route, take_back
+from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.merge import merge
 from foxdist.attention.pages import Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
@@ -50,7 +51,7 @@ class Result:
     lse2: torch.Tensor  # [B, H, n, BLOCK] float32, base-2 log
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64
-    routes: tuple[Route, ...]
+    plan: Plan | None
     stats: AttentionStats
 
 
@@ -61,17 +62,25 @@ class RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, AttentionStats]:
-        result = remember(lambda: _forward(q, k, v, log_f, call))
-        ctx.call, ctx.base, ctx.routes, ctx.stats = call, result.base, result.routes, result.stats
+        with _as_written(q):
+            result = remember(lambda: _forward(q, k, v, log_f, call))
+        ctx.call, ctx.base, ctx.plan, ctx.stats = call, result.base, result.plan, result.stats
         ctx.save_for_backward(q, k, v, result.out, result.lse2, result.c_in)
         # A fresh alias: `remember` may hold the result, which must not hold this node's graph.
         return result.out.detach(), result.stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse2, c_in = ctx.saved_tensors
-        result = Result(out, lse2, c_in, ctx.base, ctx.routes, ctx.stats)
-        return *_backward(q, k, v, result, grad, ctx.call), None
+        result = Result(out, lse2, c_in, ctx.base, ctx.plan, ctx.stats)
+        with _as_written(q):
+            return *_backward(q, k, v, result, grad, ctx.call), None
+
+
+def _as_written(like: torch.Tensor) -> torch.autocast:
+    """Every product in the dtype it is written in: inside a caller's autocast it would be rounded to bf16."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call) -> Result:
@@ -83,41 +92,39 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Ten
     start = start_blocks(base, table[..., 1], call.acp, _logit_bound(q, k, call), keys)
 
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
-    plan, routes = _plan(start, k.shape[2], cp)
-    swaps = [lend(cp, routes[0], pool)] if cp and routes else []
+    plan = _plan(start, k.shape[2], cp)
+    rounds = Rounds(plan, cp, pool)
+    rounds.post()
     out, lse2 = tiles_forward(queries, pool, own)
-    for i, route in enumerate(routes):
-        arrived = borrow(swaps[i], pool)
-        if cp and i + 1 < len(routes):
-            swaps.append(lend(cp, routes[i + 1], pool))
+    while rounds.posted:
+        route, arrived = rounds.take()
+        rounds.post()
         out, lse2 = merge(out, lse2, *tiles_forward(queries, arrived, route.table))
 
-    stats = _stats(start, pool, plan, cp, swaps, call.backend)
-    return Result(gates.from_blocks(out, length).to(q.dtype), lse2, c_in, base, routes, stats)
+    stats = _stats(start, pool, plan, cp, rounds.swaps, call.backend)
+    return Result(gates.from_blocks(out, length).to(q.dtype), lse2, c_in, base, plan, stats)
 
 
 def _backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, result: Result, grad: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, ...]:
-    length, cp, routes = q.shape[1], call.cp, result.routes
+    length, cp = q.shape[1], call.cp
     queries, pool, own = _local(q, k, v, result.c_in, result.base, result.stats.start, call)
     delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
     above = gates.to_blocks(grad)
-    swap = lend(cp, routes[0], pool) if cp and routes else None
+    rounds = Rounds(result.plan, cp, pool)
+    rounds.post()
     dq, row, dpool = tiles_backward(queries, pool, own, above, result.lse2, delta)
     going_home: list[tuple[Swap, Route]] = []
-    for i, route in enumerate(routes):
-        assert cp is not None
-        assert swap is not None
-        arrived = borrow(swap, pool)
-        if i + 1 < len(routes):
-            swap = lend(cp, routes[i + 1], pool)
+    while rounds.posted:
+        route, arrived = rounds.take()
+        rounds.post()
         dq_part, row_part, lent = tiles_backward(queries, arrived, route.table, above, result.lse2, delta)
         dq += dq_part
         row += row_part
         for returned in going_home:  # the stage before: it travelled during this one's products
             take_back(*returned, dpool)
-        going_home = [(give_back(cp, route, lent), route)]
+        going_home = [(rounds.give_back(route, lent), route)]
     for returned in going_home:
         take_back(*returned, dpool)
 
@@ -174,15 +181,14 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 
 
-def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> tuple[Plan | None, tuple[Route, ...]]:
-    """The plan of all ranks and this rank's routes, one for each stage. Reads the chunks' starts to the host."""
+def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Plan | None:
+    """The plan of all ranks, None for one. Reads the chunks' starts to the host."""
     if cp is None:
-        return None, ()
+        return None
     rows, _, blocks = start.shape
     chunk = blocks // chunk_count(cp.size, cp.layout)
     first = start[:, :, ::chunk].view(rows, kv_heads, -1, blocks // chunk).amin(2)
-    plan = make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
-    return plan, tuple(make_route(plan, cp.rank, stage, start.device) for stage in plan.stages(cp.schedule))
+    return make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
 
 
 def _gate_gradient(dc: torch.Tensor, blocks: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:

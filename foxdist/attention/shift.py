@@ -6,6 +6,7 @@ Only the first token of a chunk has its left neighbour elsewhere, so one row a c
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from foxdist.attention.replay import remember
 from foxdist.attention.transport import ContextParallel, Swap
@@ -29,6 +30,7 @@ class _PreviousToken(torch.autograd.Function):
         return torch.cat([before[:, :, None], chunks[:, :, :-1]], 2).flatten(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         chunks = _split(grad, ctx.cp)
         after = _hand_over(chunks[:, :, 0], ctx.cp, -1)

@@ -66,7 +66,7 @@ def tiles_forward(queries: Queries, pool: Pages, table: torch.Tensor) -> tuple[t
         top[batch.query] = new
         total[batch.query] = total[batch.query] * decay + weights.sum(-1)
         out[batch.query] = torch.baddbmm(out[batch.query] * decay[..., None], weights, v[batch.page])
-    met = total > 0
+    met = total != 0  # NaN has met something
     out /= torch.where(met, total, 1.0)[..., None]
     lse2 = torch.where(met, top + total.log2(), -torch.inf)
     return out.view(queries.q.shape), lse2.view(queries.c_in.shape)
@@ -118,7 +118,7 @@ def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Ba
     group = heads // table.shape[1]
     head = torch.arange(heads, device=table.device)
     base, stride = queries.base.flatten(), queries.base.shape[-1]
-    for distance in range(int((queries.blocks - queries.start).max()) + 1):
+    for distance in _distances(queries, table):
         block = queries.blocks - distance  # [n]
         page = table[:, head // group][:, :, block.clamp_min(0)]  # [B, H, n]
         kept = (block >= queries.start) & (block >= 0) & (page >= 0)
@@ -128,6 +128,14 @@ def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Ba
             m = part // count * stride + queries.blocks[part % count]
             shift = (base[m] - base[m - distance]).float()
             yield _Batch(part, page.flatten()[part].long(), member, shift, distance == 0)
+
+
+def _distances(queries: Queries, table: torch.Tensor) -> list[int]:
+    """Ascending, the distances at which any query block can meet a block of the pool."""
+    held = (table >= 0).any(1).any(0).nonzero().squeeze(1)
+    apart = queries.blocks[:, None] - held  # [n, blocks in the pool]
+    furthest = (queries.blocks - queries.start).amax((0, 1))[:, None]
+    return apart[(apart >= 0) & (apart <= furthest)].unique().tolist()
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, queries: Queries, pool: Pages, batch: _Batch) -> torch.Tensor:
