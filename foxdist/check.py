@@ -49,12 +49,12 @@ def _memory(config: Config, world: int, parameters: int) -> list[str]:
     size = 2 if bf16 else 4
     # With checkpointing a block keeps its input, attention's output and its float32 lse; one block at a time is whole.
     checkpointed = 2 * size * model.hidden + 4 * model.heads
-    each = checkpointed if config.train.activation_checkpointing else block
+    kept = model.layers * checkpointed + block if config.train.activation_checkpointing else model.layers * block
     parts = {
         "weights": size * parameters / (world if stage == 3 else 1),
         "gradients": 4 * parameters / (world if stage >= 2 else 1),
         "optimizer": (12 if bf16 else 8) * parameters / world,
-        "activations": tokens * (model.layers * each + (block if each == checkpointed else 0)),
+        "activations": tokens * kept,
     }
     text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     return [f"memory      about {sum(parts.values()) / GIB:.1f} GiB a rank: {text}"]

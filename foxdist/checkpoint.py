@@ -3,13 +3,18 @@
 A checkpoint is a folder `step_00001000` that DeepSpeed fills (parameters and each rank's share of the optimizer), the
 random state of each rank, and `manifest.json`, written last: the step, the position in the data, and size and hash of
 every file. It is written as `step_00001000.unfinished` and renamed when all ranks are done; then `latest` is replaced,
-also by renaming. So a kill at any moment leaves the last good checkpoint in place, and a damaged one is recognised.
+also by renaming. So a kill at any moment leaves the last good checkpoint in place, and a damaged one is recognised, and
+set aside as `step_00001000.damaged`.
+
+No rank relies on another's files being visible at once, which network file systems do not promise: each fingerprints
+what it wrote itself, and what rank 0 reads of manifests counts for all.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,7 @@ import torch.distributed as dist
 from foxdist import zero
 from foxdist.config import ConfigError
 from foxdist.log import log
-from foxdist.mesh import Mesh, broadcast
+from foxdist.mesh import Mesh, broadcast, on_rank_0
 
 MANIFEST = "manifest.json"
 
@@ -44,44 +49,59 @@ def save(engine: Any, root: Path, mesh: Mesh, *, step: int, stage: int, data: di
     """Writes the checkpoint of `step`; every rank must call. Keeps the newest `keep`."""
     folder = root / f"step_{step:08d}"
     work = folder.with_name(folder.name + ".unfinished")
-    if mesh.rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    dist.barrier()
+    on_rank_0(lambda: _start_anew(work))
     zero.save(engine, work)
     torch.save(_random_state(), work / f"random_{mesh.rank:05d}.pt")
-    dist.barrier()
-    hashes: list[dict[str, tuple[int, str]] | None] = [None] * mesh.world
-    names = sorted(p.name for p in work.iterdir())
-    dist.all_gather_object(hashes, {n: _fingerprint(work / n) for n in names[mesh.rank :: mesh.world]})
-    if mesh.rank == 0:
-        files = {name: value for part in hashes if part for name, value in part.items()}
-        saved = Saved(step, mesh.world, stage, data, dict(sorted(files.items())))
-        _write(work / MANIFEST, json.dumps(saved.__dict__, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        work.replace(folder)
-        _write(root / "latest", folder.name + "\n")
-        for old in sorted(root.glob("step_????????"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    mine = {path.name: _fingerprint(path) for path in work.iterdir() if _writer(path.name) == mesh.rank}
+    assert len(mine) >= 2, f"rank {mesh.rank} wrote only {sorted(mine)}"  # random state and a share of the optimizer
+    every: list[dict[str, tuple[int, str]] | None] = [None] * mesh.world
+    dist.all_gather_object(every, mine)
+    files = {name: value for part in every for name, value in sorted((part or {}).items())}
+    on_rank_0(lambda: _finish(work, folder, Saved(step, mesh.world, stage, data, files), keep))
     return folder
+
+
+def _start_anew(work: Path) -> None:
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+
+
+def _finish(work: Path, folder: Path, saved: Saved, keep: int) -> None:
+    """Declares `work` good as `folder` and removes what is older than the newest `keep`."""
+    _write(work / MANIFEST, json.dumps(saved.__dict__, indent=1))
+    if folder.exists():
+        shutil.rmtree(folder)
+    work.replace(folder)
+    _write(folder.parent / "latest", folder.name + "\n")
+    for old in _newest_first(folder.parent)[keep:]:
+        shutil.rmtree(old)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted(root.glob("step_????????"), reverse=True)
+
+
+def _writer(name: str) -> int:
+    """The rank that writes a file of this name: DeepSpeed's shares and the random states carry theirs."""
+    number = re.search(r"(?:zero_pp_rank_|random_)(\d+)", name)
+    return int(number[1]) if number else 0
 
 
 def load(engine: Any, root: Path, mesh: Mesh, *, stage: int) -> Saved | None:
     """Restores the newest good checkpoint and returns what it says, or None if there is none; every rank must call.
 
-    A damaged one is passed over with a warning. Raises `ConfigError` if the checkpoint was saved on another number of
-    ranks or in another ZeRO stage, saying what to run.
+    A damaged one is passed over with a warning and set aside. Raises `ConfigError` if no good one is left, or if it
+    was saved on another number of ranks or in another ZeRO stage, saying what to run.
     """
-    if mesh.rank == 0:
-        for torn in root.glob("step_*.unfinished"):
-            shutil.rmtree(torn)
-    # What rank 0 reads counts for all: on a network file system another node may see an older state for a while.
-    newest_first = sorted(root.glob("step_????????"), reverse=True)
-    for folder, saved in broadcast([(folder, _read_manifest(folder)) for folder in newest_first]):
+    found = broadcast(on_rank_0(lambda: _survey(root)))
+    assert found is not None
+    damaged: list[Path] = []
+    for folder, saved in found:
         wrong = ["no readable manifest"] if saved is None else _damage(folder, saved, mesh)
         if wrong or saved is None:
             log.warning("%s is damaged (%s); falling back to the one before", folder, "; ".join(wrong))
+            damaged.append(folder)
             continue
         if (saved.world, saved.stage) != (mesh.world, stage):
             raise ConfigError(
@@ -89,10 +109,32 @@ def load(engine: Any, root: Path, mesh: Mesh, *, stage: int) -> Saved | None:
                 f"ranks with parallel.zero={saved.stage}; this job has {mesh.world} ranks with parallel.zero={stage}; "
                 f"run it on {saved.world} ranks with parallel.zero={saved.stage}, or start a new train.run_dir"
             )
+        on_rank_0(lambda: _set_aside(damaged))
         zero.load(engine, folder)
         _restore_random_state(torch.load(folder / f"random_{mesh.rank:05d}.pt", weights_only=True))
         return saved
+    if damaged:
+        raise ConfigError(
+            f"train.run_dir={root.parent}: all its checkpoints are damaged ({', '.join(p.name for p in damaged)}); one "
+            "must be whole to continue; restore one, or delete them to start from step 0"
+        )
     return None
+
+
+def _survey(root: Path) -> list[tuple[Path, Saved | None]]:
+    """All checkpoints, newest first, with their manifests; what a kill left half-written goes."""
+    for torn in root.glob("step_*.unfinished"):
+        shutil.rmtree(torn)
+    return [(folder, _read_manifest(folder)) for folder in _newest_first(root)]
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Kept for a look, under names that do not count."""
+    for folder in damaged:
+        aside = folder.with_name(folder.name + ".damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
 
 
 def _read_manifest(folder: Path) -> Saved | None:
@@ -109,12 +151,13 @@ def _damage(folder: Path, saved: Saved, mesh: Mesh) -> list[str]:
     mine = []
     for name in list(saved.files)[mesh.rank :: mesh.world]:
         path = folder / name
-        if not path.is_file():
-            mine.append(f"{name} is missing")
-        elif _fingerprint(path) != saved.files[name]:
-            mine.append(
-                f"{name} has changed since it was written ({path.stat().st_size} of {saved.files[name][0]} bytes)"
-            )
+        try:
+            size, digest = _fingerprint(path)
+        except OSError as error:
+            mine.append(f"{name} cannot be read: {error.strerror}")
+            continue
+        if (size, digest) != saved.files[name]:
+            mine.append(f"{name} has changed since it was written ({size} of {saved.files[name][0]} bytes)")
     every: list[list[str] | None] = [None] * mesh.world
     dist.all_gather_object(every, mine)
     return [fault for part in every for fault in part or []]

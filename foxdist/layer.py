@@ -78,8 +78,8 @@ class Attention(nn.Module):
             self.output_gate = nn.Linear(hidden, hidden, bias=False)
         self.meter = Meter()
 
-    def forward(self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """starts: [B, T] bool, a document's first token. positions: [T] int64 in the whole sequence, for RoPE."""
+    def forward(self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """starts: [B, T] bool, a document's first token. positions: [T] int64 in the whole sequence, with RoPE."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -91,6 +91,7 @@ class Attention(nn.Module):
             if acp is not None:
                 acp = replace(acp, logit_bound=self._logit_bound(q_gain, k_gain, x.dtype))
         if self.rope_base is not None:
+            assert positions is not None
             q, k = (_rotate(z, positions, self.rope_base) for z in (q, k))
         # A document's first token forgets all before it; a constant, so no gradient reaches the gate there.
         log_f = F.logsigmoid(self.forget_gate(x)).masked_fill(starts[..., None], RESET)

@@ -4,7 +4,6 @@ import logging
 import sys
 
 log = logging.getLogger("foxdist")
-_said: set[str] = set()
 
 
 def set_up(rank: int = 0, world: int = 1, cp_rank: int = 0, cp: int = 1) -> None:
@@ -15,10 +14,3 @@ def set_up(rank: int = 0, world: int = 1, cp_rank: int = 0, cp: int = 1) -> None
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-
-
-def warn_once(message: str) -> None:
-    """A warning that is worth saying one time."""
-    if message not in _said:
-        _said.add(message)
-        log.warning(message)

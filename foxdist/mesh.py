@@ -42,17 +42,13 @@ class Mesh:
         return self.world // self.cp
 
     @property
-    def dp_rank(self) -> int:
-        return self.rank // self.cp
-
-    @property
     def cp_rank(self) -> int:
         return self.rank % self.cp
 
 
 def world_from_environment() -> int:
     """How many ranks the launcher started: deepspeed, torchrun, srun, or 1."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def start(cp: int, timeout_minutes: float) -> Mesh:
@@ -60,7 +56,7 @@ def start(cp: int, timeout_minutes: float) -> Mesh:
     _complete_environment()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    device = _gpu(local) if gpu else torch.device("cpu")
     timeout = timedelta(minutes=timeout_minutes)
     if gpu:
         torch.cuda.set_device(device)
@@ -96,29 +92,50 @@ def broadcast(value: T) -> T:
 
 
 def on_rank_0(fn: Callable[[], T]) -> T | None:
-    """Calls `fn` on rank 0 alone: its result there, None elsewhere, and what it raises on every rank."""
-    result, error = None, None
+    """Calls `fn` on rank 0 alone: its result there, None elsewhere. Every rank must call.
+
+    If it fails all ranks fail, instead of waiting for one that has gone: rank 0 with what `fn` raised, the others with
+    the same `ConfigError` or, for anything else, a `RuntimeError`.
+    """
+    result: T | None = None
+    error: Exception | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = fn()
         except Exception as e:
             error = e
-    error = broadcast(error)
+    # Of an exception only its text is sure to pickle.
+    failed, known, text = broadcast((type(error).__name__ if error else "", isinstance(error, ConfigError), str(error)))
     if error is not None:
         raise error
+    if failed:
+        raise ConfigError(text) if known else RuntimeError(f"rank 0 failed: {failed}: {text}")
     return result
 
 
+def _gpu(local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if count <= local_rank:  # DeepSpeed, too, takes the GPU of the rank's number
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}: this rank sees {count} GPU{'s' if count > 1 else ''}; must see one for every "
+            "rank of its host; start fewer ranks, or under srun leave out --gpus-per-task (or add --gpu-bind=none)"
+        )
+    return torch.device("cuda", local_rank)
+
+
 def _complete_environment() -> None:
-    """Fills in what the launcher left out, in torchrun's names: DeepSpeed and streaming read them too."""
+    """Fills in what the launcher left out, in torchrun's names: DeepSpeed and streaming read them too.
+
+    Only srun sets the names of a step: in the batch script itself, plain python is one rank whatever the job's size.
+    """
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
         # "2(x3),1": tasks of each node, in order.
         per_node = [
             int(n.split("(")[0])
-            for n in env["SLURM_TASKS_PER_NODE"].split(",")
+            for n in env["SLURM_STEP_TASKS_PER_NODE"].split(",")
             for _ in range(int(n.partition("(x")[2].rstrip(")") or 1))
         ]
         env["LOCAL_WORLD_SIZE"] = str(per_node[int(env["SLURM_NODEID"])])

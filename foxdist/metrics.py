@@ -19,8 +19,18 @@ from foxdist.mesh import Mesh
 from foxdist.model import flops_per_token
 
 MIB = 2**20
-# Dense bf16 peak, TFLOP/s, from the makers' data sheets. A GPU that is not listed reports no MFU rather than a guess.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+# Dense bf16 peak, TFLOP/s, from the makers' data sheets, by what the device's name holds; the first that fits counts.
+# A GPU that is not listed reports no MFU rather than a guess.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H200 NVL": 835.0,
+    "H100 80GB HBM3": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "B200": 2250.0,
+}
 
 
 def step_metrics(
@@ -96,7 +106,7 @@ def _skipped(done: torch.Tensor, of: torch.Tensor) -> float:
 
 
 def _compute(config: Config, mesh: Mesh, rate: float, share: float) -> dict[str, Any]:
-    """FLOPs of the model with attention counted dense, and the share of them that was executed.
+    """FLOPs of the model with attention counted dense, the share of them that was executed, and MFU in bf16.
 
     rate: tokens a second of the whole job. share: of the causal tiles that were kept.
     """
@@ -106,7 +116,7 @@ def _compute(config: Config, mesh: Mesh, rate: float, share: float) -> dict[str,
         "perf/model_per_rank(TFLOP/s)": dense,
         "perf/executed(%)": 100 * (matrices + attention * share) / (matrices + attention),
     }
-    if mesh.device.type == "cuda":
+    if mesh.device.type == "cuda" and config.train.precision == "bf16":
         name = torch.cuda.get_device_name(mesh.device)
         peak = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
         if peak:

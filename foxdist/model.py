@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(model.hidden, model.norm_eps)
         self.mlp = SwiGLU(model.hidden, model.mlp_width)
 
-    def forward(self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), starts, where)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -79,9 +79,7 @@ class FoX(nn.Module):
         self.apply(self._initialise)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        cp, length = self.cp, tokens.shape[1]
-        where = positions(cp.rank, cp.size, length, cp.layout) if cp else torch.arange(length)
-        where = where.to(tokens.device)
+        where = self._positions(tokens) if self.config.rope else None
         x = self.embedding(tokens)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -97,6 +95,12 @@ class FoX(nn.Module):
             else:
                 x = block(x, starts, where)
         return self.head(x, labels)
+
+    def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[T] int64, in the whole sequence."""
+        cp, length = self.cp, tokens.shape[1]
+        where = positions(cp.rank, cp.size, length, cp.layout) if cp else torch.arange(length)
+        return where.to(tokens.device)
 
     def attention_layers(self) -> list[Attention]:
         """The attention of each block, from the bottom up."""

@@ -106,20 +106,26 @@ def _start_wandb(config: Config) -> Any:
     """The run's one W&B run, the same after every restart: its id stands in the run folder."""
     import wandb
 
-    name = config.train.run_dir / "wandb_id"
+    metrics, folder = config.metrics, config.train.run_dir
+    name = folder / "wandb_id"
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:8])
     os.environ.setdefault("WANDB_SILENT", "true")
-    online = config.metrics.wandb == "online"
-    return wandb.init(
-        project=config.metrics.project,
-        name=config.metrics.name or config.train.run_dir.name,
-        id=name.read_text(),
-        resume="allow" if online else None,  # offline, runs of one id join when they are synced
-        mode=config.metrics.wandb,
-        dir=config.train.run_dir,
-        config=config.model_dump(mode="json"),
-    )
+    try:
+        return wandb.init(
+            project=metrics.project,
+            name=metrics.name or folder.name,
+            id=name.read_text(),
+            resume="allow" if metrics.wandb == "online" else None,  # offline, runs of one id join when they are synced
+            mode=metrics.wandb,
+            dir=folder,
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"metrics.wandb={metrics.wandb}: W&B did not start ({error}); must be reachable, with a valid key; run "
+            "`wandb login`, or set metrics.wandb=offline and upload later with `wandb sync`"
+        ) from None
 
 
 def _flat(values: dict[str, Any]) -> dict[str, float]:

@@ -81,11 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
         check_before_start(config, meshes.world_from_environment())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        run = build(config, mesh)
+        train(build(config, mesh))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
-    try:
-        train(run)
     except NonFiniteError as error:
         return _fail(error, 1)
     meshes.stop()
@@ -173,7 +171,7 @@ def train(run: Run) -> None:
             config.total_steps,
         )
         return
-    sinks = Sinks(config, first) if run.mesh.rank == 0 else None
+    sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
     logged, since = first, time.perf_counter()
     try:
@@ -196,8 +194,8 @@ def train(run: Run) -> None:
 def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
 
-    The host waits for the device in two places: where each layer's plan is read, and where the guard looks at its
-    flags before the update.
+    The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
+    and where DeepSpeed's gradient norm is looked at after it.
     """
     config, mesh, engine, clock = run.config, run.mesh, run.engine, run.clock
     with clock.part("data"):

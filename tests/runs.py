@@ -1,6 +1,7 @@
 """Small data folders and configurations for tests that train."""
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -8,7 +9,10 @@ import sys
 from pathlib import Path
 
 from foxdist import config as configuration
+from foxdist import mesh as meshes
+from foxdist import train as training
 from foxdist.data.prepare import Options, prepare
+from foxdist.log import log
 
 TRAIN = Path(configuration.__file__).with_name("train.py")
 WORDS = [
@@ -66,6 +70,28 @@ def tree(data, run_dir, **changes):
 def rows(run_dir):
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return {r["step"]: [r["loss"], r["grad_norm"]] for r in rows(run_dir)}
+
+
+def go(rank, size, values):
+    """Trains in this process, from wherever the run folder stands. Returns rank 0's log, or the error's text."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        config = configuration.parse(values)
+        training.check_before_start(config, size)
+        training.train(training.build(config, meshes.start(config.parallel.cp, 2)))
+    except ValueError as error:
+        return str(error)
+    finally:
+        log.removeHandler(handler)
+    return "\n".join(said)
 
 
 def write_yaml(folder, values):

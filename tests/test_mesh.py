@@ -6,16 +6,17 @@ import pytest
 import torch.distributed as dist
 
 from foxdist import mesh
+from foxdist.config import ConfigError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SLURM = {"SLURM_NTASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """A process without a launcher; what a test or the code under test sets is undone."""
     before = dict(os.environ)
-    for name in (*LAUNCHER, *SLURM, "SLURM_TASKS_PER_NODE"):
+    for name in (*LAUNCHER, *SLURM, "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
     os.environ.clear()
@@ -36,14 +37,31 @@ def test_plain_python_is_one_rank(environment):
 
 @pytest.mark.parametrize("per_node, local", [("2(x3),1", "2"), ("3,2,2", "2"), ("2,2,3", "3")])
 def test_srun(environment, per_node, local):
-    for name, value in (SLURM | {"SLURM_TASKS_PER_NODE": per_node, "MASTER_ADDR": "n1", "MASTER_PORT": "1"}).items():
+    for name, value in (
+        SLURM | {"SLURM_STEP_TASKS_PER_NODE": per_node, "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
+    ).items():
         environment.setenv(name, value)
     assert mesh.world_from_environment() == 7
     assert completed() == ["5", "7", "1", local]
 
 
+def test_a_batch_script_is_one_rank(environment):
+    """Plain python in it sees the job's size, and no step's."""
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "8"}.items():
+        environment.setenv(name, value)
+    assert mesh.world_from_environment() == 1
+    assert completed() == ["0", "1", "0", "1"]
+
+
+def test_a_rank_without_a_gpu_of_its_number_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert mesh._gpu(0).index == 0
+    with pytest.raises(ValueError, match="LOCAL_RANK=3: this rank sees 1 GPU; must see one for every rank"):
+        mesh._gpu(3)
+
+
 def test_srun_without_an_address_is_named(environment):
-    for name, value in (SLURM | {"SLURM_TASKS_PER_NODE": "3,2,2"}).items():
+    for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3,2,2"}).items():
         environment.setenv(name, value)
     with pytest.raises(ValueError, match="MASTER_ADDR"):
         completed()
@@ -57,24 +75,28 @@ def test_deepspeed_names_the_local_world_otherwise(environment):
 
 def places(rank, size, cp):
     m = mesh.start(cp, 2)
-    return m.dp, m.dp_rank, m.cp_rank, sorted(dist.get_process_group_ranks(m.cp_group))
+    return m.dp, m.cp_rank, sorted(dist.get_process_group_ranks(m.cp_group))
 
 
 def test_cp_is_innermost(ranks):
-    assert ranks(4, places, 2) == [(2, 0, 0, [0, 1]), (2, 0, 1, [0, 1]), (2, 1, 0, [2, 3]), (2, 1, 1, [2, 3])]
+    assert ranks(4, places, 2) == [(2, 0, [0, 1]), (2, 1, [0, 1]), (2, 0, [2, 3]), (2, 1, [2, 3])]
 
 
 def first_speaks(rank, size):
-    def fail():
-        raise ValueError(f"seen by rank {dist.get_rank()}")
+    def fail(kind):
+        raise kind(f"a.b=1: seen by rank {dist.get_rank()}")
 
     answers = [mesh.on_rank_0(lambda: f"rank {rank}"), mesh.broadcast([rank])]
-    try:
-        mesh.on_rank_0(fail)
-    except ValueError as error:
-        answers.append(str(error))
+    for kind in (ConfigError, OSError):
+        try:
+            mesh.on_rank_0(lambda kind=kind: fail(kind))
+        except Exception as error:
+            answers.append(f"{type(error).__name__}: {error}")
     return answers
 
 
 def test_what_rank_0_meets_every_rank_learns(ranks):
-    assert ranks(2, first_speaks) == [["rank 0", [0], "seen by rank 0"], [None, [0], "seen by rank 0"]]
+    seen = "a.b=1: seen by rank 0"
+    zero, one = ranks(2, first_speaks)
+    assert zero == ["rank 0", [0], f"ConfigError: {seen}", f"OSError: {seen}"]
+    assert one == [None, [0], f"ConfigError: {seen}", f"RuntimeError: rank 0 failed: OSError: {seen}"]

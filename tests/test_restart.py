@@ -1,0 +1,240 @@
+"""Stopped, killed or damaged, and started again: exactly the losses of an uninterrupted run."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from foxdist import checkpoint
+from foxdist import config as configuration
+from foxdist import mesh as meshes
+from foxdist import train as training
+
+from runs import TRAIN, command, environment, go, launch, losses, tree, write_data, write_yaml
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("restart") / "data")
+
+
+def test_a_killed_run_continues_to_the_last_bit(ranks, data, tmp_path):
+    """SIGKILL of all ranks after step 10; the same command again; the losses of an uninterrupted run, exactly.
+
+    Between the launcher's death and its ranks' the folder is still theirs.
+    """
+    values = tree(data, tmp_path / "whole", parallel__cp=2, parallel__zero=2, checkpoint__every=4)
+    config = write_yaml(tmp_path, values)
+    ranks(2, go, values)
+    torn = f"train.run_dir={tmp_path / 'torn'}"
+    process = subprocess.Popen(command(config, torn, ranks=2), env=environment(), start_new_session=True)
+    file = tmp_path / "torn" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (file.exists() and file.read_text().count("\n") >= 10):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.time() < deadline
+        time.sleep(0.02)
+    trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+    assert len(trainers) == 2
+    for p in trainers:
+        p.suspend()  # or they would be done before the next call is
+    process.kill()  # the launcher alone: its ranks live on
+    process.wait()
+    assert "trains in it" in launch(config, torn, ranks=2, expect=1)
+    for p in trainers:
+        p.kill()
+    psutil.wait_procs(trainers)
+    assert max(losses(tmp_path / "torn")) < STEPS, "too late to test anything"
+    assert "continuing" in launch(config, torn, ranks=2)
+    assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(ranks, data, tmp_path):
+    """SIGKILL after the files of step 8 are written and before they are declared good."""
+    values = tree(data, tmp_path / "run", checkpoint__every=4, parallel__zero=2)
+    config = write_yaml(tmp_path, values)
+    killer = (
+        "import os, signal, sys\n"
+        "from foxdist import checkpoint, train\n"
+        "real = checkpoint._fingerprint\n"
+        "def fingerprint(path):\n"
+        "    if 'step_00000008' in str(path): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(path)\n"
+        "checkpoint._fingerprint = fingerprint\n"
+        f"sys.exit(train.main(['--config', {str(config)!r}]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", killer], env=environment(), capture_output=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "step_00000008.unfinished").is_dir()
+    assert (folder / "latest").read_text().strip() == "step_00000004"
+    assert "after step 4" in launch(config)
+    values["train"]["run_dir"] = str(tmp_path / "whole")
+    ranks(1, go, values)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert not list(folder.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("zero, precision", [(1, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_every_stage_and_precision_resumes_to_the_last_bit(ranks, data, tmp_path, zero, precision):
+    values = tree(data, tmp_path / "whole", parallel__cp=2, parallel__zero=zero, train__precision=precision)
+    values["optim"]["schedule"] = "constant"
+    values["train"]["steps"] = 6
+    ranks(2, go, values)
+    values["train"]["run_dir"] = str(tmp_path / "halves")
+    values["train"]["steps"] = 3
+    ranks(2, go, values)
+    values["train"]["steps"] = 6
+    assert "after step 3" in ranks(2, go, values)[0]
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, data, tmp_path_factory):
+    """A run of 12 steps with checkpoints after 8 and 12: its configuration and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = tree(data, folder, checkpoint__every=4, train__steps=12)
+    ranks(1, go, values)
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == ["step_00000008", "step_00000012"]
+    return values, folder
+
+
+def copy_of(finished, tmp_path):
+    values, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    return json.loads(json.dumps(values).replace(str(folder), str(tmp_path / "run"))), tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_falls_back_loudly(ranks, finished, tmp_path, damage):
+    values, folder = copy_of(finished, tmp_path)
+    newest = folder / "checkpoints" / "step_00000012"
+    victim = max(newest.glob("*.pt"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "missing":
+        victim.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    (said,) = ranks(1, go, values)
+    assert "is damaged" in said
+    assert "after step 8" in said
+    assert losses(folder) == losses(finished[1])
+    assert (folder / "checkpoints" / "step_00000012.damaged").is_dir()
+
+
+def test_what_is_set_aside_does_not_count(ranks, finished, tmp_path):
+    """A damaged later checkpoint neither pushes out the one just written nor comes back."""
+    values, folder = copy_of(finished, tmp_path)
+    (folder / "checkpoints" / "step_00000012" / "manifest.json").write_text("{")
+    values["checkpoint"]["keep"], values["train"]["steps"] = 1, 10
+    values["optim"]["schedule"] = "constant"
+    (folder / "config.yaml").unlink()
+    assert "after step 8" in ranks(1, go, values)[0]
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == [
+        "step_00000010",
+        "step_00000012.damaged",
+    ]
+    assert "has reached step 10" in ranks(1, go, values)[0]
+
+
+def test_no_good_checkpoint_left_is_an_error(ranks, finished, tmp_path):
+    """Not a start from step 0, which would cut the log."""
+    values, folder = copy_of(finished, tmp_path)
+    for manifest in folder.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert "all its checkpoints are damaged (step_00000012, step_00000008)" in ranks(1, go, values)[0]
+    assert losses(folder) == losses(finished[1])
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_manifest_names_every_file(ranks, data, tmp_path, zero):
+    """Each rank names what it wrote, without looking for the others' files."""
+    ranks(2, go, tree(data, tmp_path / "run", parallel__cp=2, parallel__zero=zero, train__steps=1))
+    folder = tmp_path / "run" / "checkpoints" / "step_00000001"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert sorted(files) == sorted(p.name for p in folder.iterdir() if p.name != "manifest.json")
+    assert {f"random_{r:05d}.pt" for r in (0, 1)} <= set(files)
+    assert sum("optim_states" in name for name in files) == 2
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_random_numbers_go_on(tmp_path):
+    draw()
+    torch.save(checkpoint._random_state(), tmp_path / "state.pt")
+    expected = draw()
+    draw()
+    checkpoint._restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == expected
+
+
+def fails(rank, size, values):
+    """What ends the run, and after how many seconds."""
+    begun = time.time()
+    try:
+        config = configuration.parse(values)
+        training.train(training.build(config, meshes.start(config.parallel.cp, 1)))
+    except Exception as error:
+        return str(error), time.time() - begun
+    return "nothing", 0.0
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "metrics.jsonl"])
+def test_what_rank_0_cannot_write_ends_all_ranks(ranks, data, tmp_path, what):
+    """Not one, with the others waiting for it."""
+    values = tree(data, tmp_path / "run", parallel__cp=2, train__steps=1)
+    (tmp_path / "run").mkdir()
+    if what == "checkpoints":
+        (tmp_path / "run" / what).write_text("a file where a folder must go")
+    else:
+        (tmp_path / "run" / what).mkdir()
+    for error, seconds in ranks(2, fails, values):
+        assert what in error
+        assert seconds < 30
+
+
+def test_a_finished_run_says_so_and_can_be_lengthened(ranks, finished, tmp_path):
+    values, folder = copy_of(finished, tmp_path)
+    assert "nothing to do" in ranks(1, go, values)[0]
+    assert losses(folder) == losses(finished[1])
+    values["train"]["steps"] = 14
+    assert "after step 12" in ranks(1, go, values)[0]
+    assert max(losses(folder)) == 14
+
+
+def test_a_run_folder_of_another_configuration_is_refused(ranks, finished):
+    values, _ = finished
+    changed = json.loads(json.dumps(values))
+    changed["model"]["hidden"], changed["optim"]["lr"] = 64, 1.0
+    (said,) = ranks(1, go, changed)
+    assert "belongs to a run with another configuration" in said
+    assert "model.hidden was 32 and is 64" in said
+    assert "optim.lr was 0.005 and is 1" in said
+
+
+def test_a_checkpoint_of_another_world_or_stage_says_what_to_run(ranks, finished):
+    values, _ = finished
+    for said in ranks(2, go, values):
+        assert "saved on 1 ranks" in said
+        assert "this job has 2 ranks" in said
+        assert "run it on 1 ranks with parallel.zero=1" in said
+    other = json.loads(json.dumps(values))
+    other["parallel"]["zero"] = 3
+    assert "saved on 1 ranks with parallel.zero=1" in ranks(1, go, other)[0]
