@@ -6,7 +6,7 @@ Knows nothing of torch.distributed, DeepSpeed or the data on disk. Rules that ne
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,10 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Model(Section):
@@ -93,7 +96,7 @@ class AcpSection(Section):
 
 class Optim(Section):
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     """For weight matrices and the embedding; biases and norm weights are not decayed."""
@@ -117,7 +120,7 @@ class Train(Section):
     """Length of the run, in steps or in tokens."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: parameters, activations and gradients; gates, norms, loss and optimizer state stay fp32."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     activation_checkpointing: bool = False
     """Recompute each block in backward; attention outputs and plans are kept, not computed or sent again."""
 
@@ -172,9 +175,14 @@ def load(path: Path | str, overrides: list[str] | None = None) -> Config:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none beside it"
         raise ConfigError(f"--config {path}: no such file; must be a YAML file; there are: {near}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid YAML; {error}; correct the file") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"--config {path}: holds {'nothing' if tree is None else type(tree).__name__}; must hold sections such as "
+            "model, data, train; see configs/quickstart.yaml"
+        )
     for text in overrides or []:
         _override(tree, text)
     return parse(tree)
@@ -270,7 +278,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"{text}: not an override; must be section.key=value; for example train.steps=100")
     if not isinstance(tree.get(section, {}), dict):
         raise ConfigError(f"{section}: is not a section in the file; must hold keys; correct the file")
-    tree.setdefault(section, {})[key] = yaml.safe_load(value) if value else None
+    try:
+        tree.setdefault(section, {})[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text}: the value is not valid YAML; must be a YAML value; quote it: '\"...\"'") from None
 
 
 def _message(tree: dict[str, Any], error: Any) -> str:
@@ -289,4 +300,8 @@ def _message(tree: dict[str, Any], error: Any) -> str:
     if error["type"] == "missing":
         return f"{name}: missing; must be set; add it to the file or pass {name}=VALUE"
     requirement = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if error["type"] == "path_type":
+        requirement = "a path"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        requirement = "a section that holds keys"
     return f"{name}={error['input']}: not allowed; must be {requirement}; correct the value"

@@ -43,7 +43,14 @@ def check(config: Config) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before, now = _leaves(yaml.safe_load(path.read_text())), _leaves(yaml.safe_load(dump(config)))
+    try:
+        before = _leaves(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError):
+        raise ConfigError(
+            f"train.run_dir={folder}: its config.yaml is damaged; must be readable to continue the run; restore it, or "
+            "delete it if the run is this one"
+        ) from None
+    now = _leaves(yaml.safe_load(dump(config)))
     changed = [
         f"{key} was {before.get(key)} and is {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -83,7 +90,9 @@ def take(config: Config) -> TextIO:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    (folder / "config.yaml").write_text(dump(config))
+    new = folder / "config.yaml.new"
+    new.write_text(dump(config))
+    new.replace(folder / "config.yaml")
     return file
 
 

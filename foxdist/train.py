@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="print the resolved run and its arithmetic, and stop")
     parser.add_argument(
-        "--world", type=int, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
+        "--world", type=_ranks, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     chosen = parser.parse_intermixed_args(arguments)
@@ -88,6 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 1)
     meshes.stop()
     return 0
+
+
+def _ranks(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -79,6 +79,10 @@ def test_the_published_recipes_are_there():
         ({"optim__warmup_tokens": 10**9}, ["optim.warmup_tokens=1000000000", "at most 40960"]),
         ({"optim__min_lr": 1.0}, ["optim.min_lr=1.0", "above optim.lr"]),
         ({"optim__lr": -1}, ["optim.lr=-1", "greater than 0"]),
+        ({"optim__lr": float("inf")}, ["optim.lr=inf", "finite"]),
+        ({"optim__betas": (0.9, 1.5)}, ["optim.betas.1=1.5", "less than 1"]),
+        ({"train__seed": -1}, ["train.seed=-1", "greater than or equal to 0"]),
+        ({"train__run_dir": None}, ["train.run_dir=None", "must be a path"]),
         ({"metrics__wandb": "cloud"}, ["metrics.wandb=cloud"]),
     ],
 )
@@ -105,6 +109,10 @@ def test_unknown_and_missing_sections_are_named():
         (["steps=3"], "must be section.key=value"),
         (["train.steps"], "must be section.key=value"),
         (["train.x=1"], "train.x"),
+        (["metrics.name=@home"], "metrics.name=@home: the value is not valid YAML"),
+        (["metrics.name=[x"], "not valid YAML"),
+        (["data.path="], "data.path=None: not allowed; must be a path"),
+        (["model=pro"], "must be section.key=value"),
     ],
 )
 def test_bad_overrides_are_named(tmp_path, overrides, word):
@@ -120,6 +128,12 @@ def test_missing_or_broken_files_are_named(tmp_path):
         load(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(tmp_path / "there.yaml")
+    for content, word in [("", "holds nothing"), ("[1]", "holds list"), ("pro", "holds str")]:
+        (tmp_path / "there.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=f"{word}; must hold sections"):
+            load(tmp_path / "there.yaml", ["train.steps=3"])
+    with pytest.raises(ConfigError, match="model=5: not allowed; must be a section that holds keys"):
+        parse(tree("data", "run") | {"model": 5})
 
 
 def test_world_arithmetic():

@@ -6,12 +6,13 @@ import os
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foxdist.data.__main__ import main
-from foxdist.data.folder import open_folder, unfinished
+from foxdist.data.folder import UNFINISHED, open_folder, unfinished
 from foxdist.data.loader import Loader, shifted
 from foxdist.data.packing import pack
 from foxdist.data.prepare import Options, prepare
@@ -103,9 +104,14 @@ def test_rerun_changes_nothing_and_half_is_detected(tmp_path, capsys):
     assert "already prepared" in capsys.readouterr().out
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
     assert main([*arguments[:-1], "256"]) == 2
-    assert "another sequence_length" in capsys.readouterr().err
+    assert "another preparation (it differs in sequence_length)" in capsys.readouterr().err
+    (texts / "new.txt").write_text("more text")
+    assert main(arguments) == 2
+    assert "it differs in files" in capsys.readouterr().err
+    (texts / "new.txt").unlink()
 
     os.rename(tmp_path / "data", unfinished(tmp_path / "data"))  # what a kill leaves
+    (unfinished(tmp_path / "data") / UNFINISHED).touch()
     with pytest.raises(ValueError, match="did not finish"):
         open_folder(tmp_path / "data")
     assert main(arguments) == 0
@@ -126,6 +132,34 @@ def test_a_kill_while_writing_leaves_no_folder(tmp_path, monkeypatch):
     assert not options.output.exists()
     with pytest.raises(ValueError, match="did not finish"):
         open_folder(options.output)
+
+
+def test_what_prepare_did_not_write_is_not_deleted(tmp_path, capsys):
+    texts = write_texts(tmp_path / "texts", 2)
+    mine = unfinished(tmp_path / "data")
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    assert main(["prepare", str(texts), "--output", str(tmp_path / "data"), "--sequence-length", "128"]) == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert (mine / "notes.txt").read_text() == "mine"
+
+
+def test_a_tokenizer_may_leave_ids_out(tmp_path):
+    vocab = {"<eos>": 0, "a": 1, "b": 70_000}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="a"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "t.json"))
+    (tmp_path / "text.txt").write_text("a b b a")
+    options = Options(
+        inputs=(tmp_path / "text.txt",),
+        output=tmp_path / "data",
+        sequence_length=128,
+        tokenizer=str(tmp_path / "t.json"),
+    )
+    prepared, _ = prepare(options)
+    assert prepared.vocab == 70_001
+    dataset = import_streaming().StreamingDataset(local=str(tmp_path / "data"), shuffle=False, batch_size=1)
+    assert dataset[0]["tokens"][:5].tolist() == [1, 70_000, 70_000, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,14 @@ def test_one_job_at_a_time_and_a_killed_one_lets_go(tmp_path):
     run_folder.take(config).close()
 
 
+@pytest.mark.parametrize("content", ["", "a: [1", "text"])
+def test_a_damaged_config_is_named(tmp_path, content):
+    config = configuration.parse(tree("/data", tmp_path))
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        run_folder.check(config)
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

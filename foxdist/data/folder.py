@@ -29,7 +29,10 @@ class Prepared(BaseModel):
     tokens: int
     """Of documents, end-of-text tokens included, fill not."""
     settings: dict[str, Any]
-    """What was asked for; a second call with the same finds its work done."""
+    """What was asked for, and of which files; a second call with the same finds its work done."""
+
+
+UNFINISHED = ".foxdist-unfinished"  # marks a folder as prepare's own, to be deleted if it does not finish
 
 
 def unfinished(path: Path) -> Path:

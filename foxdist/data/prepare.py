@@ -1,5 +1,6 @@
 """Files, folders or JSONL of text to MDS shards of token sequences."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foxdist.data.folder import NAME, Prepared, unfinished
+from foxdist.data.folder import NAME, UNFINISHED, Prepared, unfinished
 from foxdist.data.packing import Sequence, pack
 from foxdist.data.streaming_import import import_streaming
 from foxdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -32,9 +33,10 @@ class Options:
     exclude: tuple[str, ...] = ()
     shard_mib: int = 64
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """What decides the content of the output."""
+    def settings(self, files: list[Path]) -> dict[str, object]:
+        """What decides the content of the output, with the files found and their sizes for their contents."""
+        read = [*files, *(p for p in [Path(self.tokenizer)] if p.is_file())]
+        listing = "\n".join(f"{path.resolve()} {path.stat().st_size}" for path in read)
         return {
             "inputs": [str(p.resolve()) for p in self.inputs],
             "sequence_length": self.sequence_length,
@@ -43,6 +45,7 @@ class Options:
             "end": self.end,
             "text_key": self.text_key,
             "exclude": list(self.exclude),
+            "files": f"{len(files)} files, {hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()}",
         }
 
 
@@ -99,12 +102,11 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
             f"{BLOCK}; use {max(1, round(options.sequence_length / BLOCK)) * BLOCK}"
         )
     files = find_files(options.inputs, options.exclude)
-    done = _finished(options)
+    settings = options.settings(files)
+    done = _finished(options.output, settings)
     if done:
         return done, None
-    work = unfinished(options.output)
-    shutil.rmtree(work, ignore_errors=True)  # what an interrupted preparation left
-    work.parent.mkdir(parents=True, exist_ok=True)
+    work = _start_anew(options.output)
     tokenizer = _tokenizer(options, files)
     report = Report(histogram=np.zeros(tokenizer.vocab, np.int64), text_of=tokenizer.decode)
     documents = _documents(files, options.text_key, tokenizer, report, progress)
@@ -121,28 +123,42 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
         sequences=report.sequences,
         documents=report.documents,
         tokens=report.tokens,
-        settings=options.settings,
+        settings=settings,
     )
     if tokenizer.definition:
         (work / "tokenizer.json").write_text(tokenizer.definition)
     (work / NAME).write_text(prepared.model_dump_json(indent=1))
+    (work / UNFINISHED).unlink()
     work.replace(options.output)
     return prepared, report
 
 
-def _finished(options: Options) -> Prepared | None:
+def _start_anew(output: Path) -> Path:
+    """An empty folder to write into, in place of what an interrupted preparation left."""
+    work = unfinished(output)
+    if work.exists() and not (work / UNFINISHED).is_file() and (work.is_file() or any(work.iterdir())):
+        raise ValueError(
+            f"--output {output}: {work} is in the way, and no preparation made it; must be free to write into; move it "
+            "or choose another --output"
+        )
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    return work
+
+
+def _finished(output: Path, settings: dict[str, object]) -> Prepared | None:
     """What stands in the output folder if it is this very preparation. Raises `ValueError` if it is anything else."""
-    output = options.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / NAME).is_file():
         raise ValueError(f"--output {output}: holds other files; must be new or empty; choose another folder")
     found = Prepared.model_validate_json((output / NAME).read_text())
-    changed = [k for k, v in options.settings.items() if found.settings.get(k) != v]
+    changed = [k for k, v in settings.items() if found.settings.get(k) != v]
     if changed:
         raise ValueError(
-            f"--output {output}: holds data prepared with another {', '.join(changed)}; finished data is not "
-            "overwritten; choose another --output or delete that folder"
+            f"--output {output}: holds data of another preparation (it differs in {', '.join(changed)}); finished data "
+            "is not overwritten; choose another --output or delete that folder"
         )
     return found
 
@@ -222,6 +238,7 @@ def _write(
     with streaming.MDSWriter(
         out=str(folder), columns=columns, size_limit=options.shard_mib * 2**20, hashes=["xxh64"]
     ) as writer:
+        (folder / UNFINISHED).touch()  # not earlier: the writer wants an empty folder
         for sequence in pack(documents, length):
             writer.write(_sample(sequence, length, tokenizer.end, dtype))
             report.sequences += 1

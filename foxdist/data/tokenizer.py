@@ -86,4 +86,5 @@ def _wrap(inner: tokenizers.Tokenizer, name: str, ends: tuple[str, ...]) -> Toke
     def decode(ids: np.ndarray) -> str:
         return inner.decode(ids.tolist())
 
-    return Tokenizer(name, inner.get_vocab_size(), ids[0], encode, decode, inner.to_str())
+    vocab = 1 + max(inner.get_vocab().values())  # ids may have gaps
+    return Tokenizer(name, vocab, ids[0], encode, decode, inner.to_str())
