@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from foxdist.layout import BLOCK, chunk_count
 
 
 class ConfigError(ValueError):
     """A mistake in the configuration: `section.field=value: what is wrong; what is required; what to change`."""
+
+
+def _whole(value: Any) -> Any:
+    """A count as people write it: YAML reads 1e9 as text."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -101,7 +115,7 @@ class Optim(Section):
     weight_decay: float = Field(0.1, ge=0)
     """For weight matrices and the embedding; biases and norm weights are not decayed."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_tokens: int = Field(0, ge=0)
+    warmup_tokens: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 0
     """The learning rate rises linearly from 0 over so many tokens."""
     min_lr: float = Field(0.0, ge=0)
     """Where the cosine ends."""
@@ -114,9 +128,9 @@ class Train(Section):
     """Everything a run writes. The same command continues what lies there."""
     micro_batch: int = Field(1, gt=0)
     """Sequences that go through the model at once, on each group of cp ranks."""
-    tokens_per_step: int = Field(gt=0)
-    steps: int | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0)
+    tokens_per_step: Count
+    steps: Count | None = None
+    tokens: Count | None = None
     """Length of the run, in steps or in tokens."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: parameters, activations and gradients; gates, norms, loss and optimizer state stay fp32."""
@@ -183,6 +197,7 @@ def load(path: Path | str, overrides: list[str] | None = None) -> Config:
             f"--config {path}: holds {'nothing' if tree is None else type(tree).__name__}; must hold sections such as "
             "model, data, train; see configs/quickstart.yaml"
         )
+    tree = {name: {} if section is None else section for name, section in tree.items()}  # `parallel:` and no more
     for text in overrides or []:
         _override(tree, text)
     return parse(tree)
@@ -274,7 +289,7 @@ def _nearest_divisor(number: int, wish: int) -> int:
 def _override(tree: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
-    if not equals or not dot or not key:
+    if not (equals and section and dot and key):
         raise ConfigError(f"{text}: not an override; must be section.key=value; for example train.steps=100")
     if not isinstance(tree.get(section, {}), dict):
         raise ConfigError(f"{section}: is not a section in the file; must hold keys; correct the file")
@@ -298,10 +313,15 @@ def _message(tree: dict[str, Any], error: Any) -> str:
         hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"known are {', '.join(known)}"
         return f"{name}: unknown key; must be one of the documented ones; {hint}"
     if error["type"] == "missing":
-        return f"{name}: missing; must be set; add it to the file or pass {name}=VALUE"
+        how = f"add it to the file or pass {name}=VALUE" if len(where) > 1 else "see configs/quickstart.yaml"
+        return f"{name}: missing; must be set; {how}"
     requirement = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error["type"] == "path_type":
         requirement = "a path"
+    if error["type"] == "tuple_type":
+        requirement = "a list, such as [0.9, 0.95]"
+    if isinstance(error["input"], bool):
+        requirement += " (YAML reads on, off, yes and no as true and false)"
     if error["type"] in ("model_type", "model_attributes_type"):
         requirement = "a section that holds keys"
     return f"{name}={error['input']}: not allowed; must be {requirement}; correct the value"

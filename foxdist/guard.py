@@ -62,7 +62,7 @@ class Guard:
         where = ", ".join(map(str, ranks.nonzero().flatten().tolist()))
         return (
             f"step {step}: the {what} of {self.names[part]} is not finite on rank {where}; the update was not made and "
-            "the last checkpoint is good; lower optim.lr, or look at the data of this step"
+            "checkpoints are good; look at the data of this step, or lower optim.lr in a new train.run_dir"
         )
 
 
@@ -76,5 +76,5 @@ def check_update(engine: Any, step: int) -> None:
     if engine.skipped_steps or not math.isfinite(norm):
         raise NonFiniteError(
             f"step {step}: the norm of all ranks' gradients together is {norm}, though each rank's are finite; the "
-            "update was left out or empty, and the last checkpoint is good; lower optim.lr"
+            "update was left out or empty, and checkpoints are good; lower optim.lr in a new train.run_dir"
         )

@@ -65,13 +65,20 @@ def start(cp: int, timeout_minutes: float) -> Mesh:
         local_world = int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-            device_id=device if gpu else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if gpu else "gloo",
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
+                device_id=device if gpu else None,
+            )
+        except dist.DistNetworkError as error:
+            raise ConfigError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: ranks cannot meet at {os.environ['MASTER_ADDR']} ({error}); "
+                "must be a port that no other job uses; choose another (deepspeed --master_port N, torchrun "
+                "--standalone), or end what is left of a killed job"
+            ) from None
     groups = [dist.new_group(range(at, at + cp), timeout=timeout) for at in range(0, world, cp)]
     return Mesh(rank, world, local, cp, device, groups[rank // cp])
 
@@ -80,6 +87,12 @@ def stop() -> None:
     """Leaves the process group, all ranks together: none takes away what another still reads."""
     if dist.is_initialized():
         dist.barrier()
+    leave()
+
+
+def leave() -> None:
+    """Leaves it at once, as on an error: a process that ends inside one is aborted."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

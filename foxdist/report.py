@@ -1,7 +1,6 @@
 """Pictures and a summary of a run, from what it wrote: python -m foxdist.report RUN_DIR."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from foxdist.layout import BLOCK
+from foxdist.sinks import read_jsonl
 
 Rows = list[dict[str, Any]]
 
@@ -40,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def read(folder: Path) -> Rows:
     """The logged steps of a run. Raises `ValueError` if there are none."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_jsonl(folder / "metrics.jsonl")
     if not rows:
         raise ValueError(f"RUN_DIR {folder}: no logged step in metrics.jsonl; must be the train.run_dir of a run")
     return rows
@@ -98,7 +97,7 @@ def _draw_tiles(axes: Axes, steps: list[int], rows: Rows) -> None:
         axes.plot(steps, by_layer[:, layer], color=color, linewidth=0.9)
     axes.plot(steps, [row["acp/tiles_kept(%)"] for row in rows], color="black", linewidth=2, label="mean")
     axes.set(title="tiles computed, of the causal ones", ylabel="%", xlabel="step", ylim=(0, 102))
-    axes.legend(title="first layer dark, last light", frameon=False, loc="upper left")
+    axes.legend(title="layers: first dark, last light", frameon=False, loc="upper left")
 
 
 def _draw_traffic(axes: Axes, steps: list[int], rows: Rows) -> None:
@@ -117,7 +116,9 @@ def _draw_heads(axes: Axes, row: dict[str, Any]) -> None:
     windows = np.array(row["acp/window_by_head(tokens)"])
     scale = LogNorm(vmin=BLOCK, vmax=max(1024, windows.max()))
     image = axes.imshow(windows, aspect="auto", cmap="magma", norm=scale)
-    axes.set(title=f"window of each head at step {row['step']}", xlabel="head", ylabel="layer")
+    axes.set(
+        title=f"window of each head at step {row['step']}, in whole blocks of {BLOCK}", xlabel="head", ylabel="layer"
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar = axes.figure.colorbar(image, ax=axes, label="tokens")

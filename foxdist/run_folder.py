@@ -1,15 +1,13 @@
 """The run folder: what configuration it belongs to, which job trains in it, and where things lie in it."""
 
-import fcntl
 import os
-import socket
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 from foxdist.config import Config, ConfigError, dump
-from foxdist.log import log
+from foxdist.lock import Held, hold
 
 # What may change between two starts of one run, because it changes neither the model, nor the data, nor the meaning of
 # a step. The length may: a longer run is the usual reason to start again (and it stretches a cosine schedule).
@@ -33,19 +31,24 @@ CHANGEABLE_SECTIONS = {"checkpoint", "metrics"}
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` if the folder cannot be written or belongs to another configuration."""
+    """Raises `ConfigError` if the folder cannot be written or belongs to another configuration.
+
+    It does so from its first checkpoint on: before, there is nothing that another configuration could spoil.
+    """
     folder = config.train.run_dir
+    if folder == Path():
+        raise ConfigError("train.run_dir=: names no folder; must be one of the run's own; for example runs/mine")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
             f"train.run_dir={folder}: {existing} is not a folder that can be written; must be one; choose another"
         )
     path = folder / "config.yaml"
-    if not path.exists():
+    if not path.exists() or not any(checkpoints(folder).glob("step_????????")):
         return
     try:
         before = _leaves(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError):
+    except (yaml.YAMLError, AttributeError, OSError):
         raise ConfigError(
             f"train.run_dir={folder}: its config.yaml is damaged; must be readable to continue the run; restore it, or "
             "delete it if the run is this one"
@@ -67,33 +70,32 @@ def check(config: Config) -> None:
 
 
 def take(config: Config) -> TextIO:
-    """Makes the folder this job's own and writes the resolved configuration into it; for rank 0.
+    """Makes the folder this job's own; for rank 0.
 
     Returns the open lock file. The folder is let go when that is closed or the process ends, however it ends. Raises
     `ConfigError` while another process holds it: ranks live on when their launcher is killed, and two jobs would mix
     their checkpoints.
     """
     folder = config.train.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "lock").open("a+")
     try:
-        # A record lock: it is no child's (data workers may outlive us by seconds), and network file systems know it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        return hold(folder / "lock")
+    except Held as other:
         raise ConfigError(
-            f"train.run_dir={folder}: {file.read().strip() or 'another process'} trains in it; must be one job at a "
-            "time; wait for it, stop it, or choose a new train.run_dir"
+            f"train.run_dir={folder}: {other} trains in it; must be one job at a time; wait for it, stop it, or choose "
+            "a new train.run_dir"
         ) from None
     except OSError as error:
-        log.warning("%s cannot be locked (%s): see to it that no other job trains in it", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    new = folder / "config.yaml.new"
+        raise ConfigError(
+            f"train.run_dir={folder}: {error}; must be a folder that can be written; choose another"
+        ) from None
+
+
+def record(config: Config) -> None:
+    """Writes the resolved configuration into the folder; for rank 0, when training is about to start."""
+    new = config.train.run_dir / "config.yaml.new"
     new.write_text(dump(config))
-    new.replace(folder / "config.yaml")
-    return file
+    new.replace(config.train.run_dir / "config.yaml")
 
 
 def checkpoints(run_dir: Path) -> Path:

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foxdist.config import Config, ConfigError
+from foxdist.log import log
 
 Sink = Callable[[int, dict[str, Any]], None]
 """Takes a step and its metrics."""
@@ -85,21 +86,31 @@ def _short(values: dict[str, Any]) -> str:
     return text
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The logged steps in a file; none if it is not there. What a kill left half-written is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
 def _open_jsonl(path: Path, first_step: int) -> Any:
     """The file, without lines of steps after the checkpoint that the run continues from."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+    rows = read_jsonl(path)
+    if rows and not first_step:
+        old = path.with_name("metrics.old.jsonl")
+        path.replace(old)
+        log.warning("no checkpoint in %s: starting from step 0; what was logged is now %s", path.parent, old.name)
+    elif path.exists():
         new = path.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in lines))
+        new.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
         new.replace(path)
     return path.open("a")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # the last line of a killed run may be half-written
-        return float("inf")
 
 
 def _start_wandb(config: Config) -> Any:

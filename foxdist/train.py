@@ -29,7 +29,7 @@ from foxdist.check import describe
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
-from foxdist.data.loader import Batch, Loader
+from foxdist.data.loader import Batch, Loader, steps_per_epoch
 from foxdist.guard import Guard, NonFiniteError, check_update
 from foxdist.layout import shard
 from foxdist.loss import gradient_scale
@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     chosen = parser.parse_intermixed_args(arguments)
+    if chosen.world and not chosen.check:
+        parser.error("--world goes with --check; the launcher decides how many ranks train")
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         if chosen.check:
@@ -86,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2)
     except NonFiniteError as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues from the newest checkpoint", 130)
     meshes.stop()
     return 0
 
@@ -97,7 +101,7 @@ def _ranks(text: str) -> int:
     return number
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     """Says what ended the run, once where all ranks saw the same.
 
     A launcher ends all ranks when one has ended. So rank 0 speaks first, and another only if rank 0 lives on.
@@ -106,6 +110,7 @@ def _fail(error: Exception, status: int) -> int:
     if rank:
         time.sleep(5)
     print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    meshes.leave()
     return status
 
 
@@ -128,6 +133,7 @@ def check_before_start(config: Config, world: int) -> None:
         raise ConfigError(
             "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
         )
+    steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
     check_wandb(config)
     run_folder.check(config)
 
@@ -178,6 +184,7 @@ def train(run: Run) -> None:
             config.total_steps,
         )
         return
+    meshes.on_rank_0(lambda: run_folder.record(config))
     sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
     logged, since = first, time.perf_counter()

@@ -1,10 +1,11 @@
-# Sourced by the other scripts: makes .venv and installs foxdist into it, once. `source launch/env.sh [EXTRA]`
+# Sourced by the other scripts: makes .venv and installs foxdist into it, once.
 #
+# extra=...                  set by the script that sources this: an optional dependency group of pyproject.toml
 # PYTHON=...                 which Python to use (3.11 or newer); default: the newest found
 # PIP_EXTRA_INDEX_URL=...    on a machine without a GPU, https://download.pytorch.org/whl/cpu saves gigabytes
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-extra=${1:-}
+extra=${extra:-} # not an argument: sourced without any, this file would see those of the script
 
 find_python() {
   local candidate

@@ -4,6 +4,7 @@
 #
 #   bash launch/quickstart.sh [section.key=value ...]      for example train.steps=300
 set -euo pipefail
+extra=
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
 

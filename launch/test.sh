@@ -3,7 +3,8 @@
 #
 #   bash launch/test.sh [pytest options]      for example -k plan
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh" dev
+extra=dev
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
 
 ruff check .

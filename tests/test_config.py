@@ -113,6 +113,10 @@ def test_unknown_and_missing_sections_are_named():
         (["metrics.name=[x"], "not valid YAML"),
         (["data.path="], "data.path=None: not allowed; must be a path"),
         (["model=pro"], "must be section.key=value"),
+        ([".steps=5"], "must be section.key=value"),
+        (["optim.betas=0.9"], r"must be a list, such as \[0.9, 0.95\]"),
+        (["metrics.wandb=off"], "YAML reads on, off, yes and no as true and false"),
+        (["train.tokens_per_step=1.5"], "train.tokens_per_step=1.5"),
     ],
 )
 def test_bad_overrides_are_named(tmp_path, overrides, word):
@@ -134,6 +138,14 @@ def test_missing_or_broken_files_are_named(tmp_path):
             load(tmp_path / "there.yaml", ["train.steps=3"])
     with pytest.raises(ConfigError, match="model=5: not allowed; must be a section that holds keys"):
         parse(tree("data", "run") | {"model": 5})
+
+
+def test_counts_and_empty_sections_as_people_write_them(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree("data", "run")) + "acp:\n")
+    config = load(path, ["train.tokens=1e6", "train.steps=", "optim.warmup_tokens=2.5e5"])
+    assert (config.train.tokens, config.train.steps, config.optim.warmup_tokens) == (1_000_000, None, 250_000)
+    assert config.acp.enabled
 
 
 def test_world_arithmetic():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foxdist.data.__main__ import main
-from foxdist.data.folder import UNFINISHED, open_folder, unfinished
+from foxdist.data.folder import open_folder, unfinished
 from foxdist.data.loader import Loader, shifted
 from foxdist.data.packing import pack
 from foxdist.data.prepare import Options, prepare
@@ -110,8 +110,9 @@ def test_rerun_changes_nothing_and_half_is_detected(tmp_path, capsys):
     assert "it differs in files" in capsys.readouterr().err
     (texts / "new.txt").unlink()
 
-    os.rename(tmp_path / "data", unfinished(tmp_path / "data"))  # what a kill leaves
-    (unfinished(tmp_path / "data") / UNFINISHED).touch()
+    unfinished(tmp_path / "data").mkdir()  # what a kill leaves
+    os.rename(tmp_path / "data", unfinished(tmp_path / "data") / "data")
+    (unfinished(tmp_path / "data") / "lock").touch()
     with pytest.raises(ValueError, match="did not finish"):
         open_folder(tmp_path / "data")
     assert main(arguments) == 0
@@ -130,6 +131,7 @@ def test_a_kill_while_writing_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         prepare(options)
     assert not options.output.exists()
+    assert unfinished(options.output).exists()
     with pytest.raises(ValueError, match="did not finish"):
         open_folder(options.output)
 
@@ -172,8 +174,11 @@ def test_a_tokenizer_may_leave_ids_out(tmp_path):
         (["texts", "--output", "o", "--tokenizer", "absent.json"], "no such file"),
         (["texts", "--output", "o", "--tokenizer", "bad.json"], "not a Hugging Face"),
         (["texts", "--output", "o", "--train-bpe", "100"], "at least 257"),
-        (["bad.jsonl", "--output", "o"], "bad.jsonl:2"),
-        (["binary", "--output", "o"], "holds no text"),
+        (["bad.jsonl", "--output", "o"], "bad.jsonl:2: no text under 'text'; must be an object with one; it has txt;"),
+        (["torn.jsonl", "--output", "o"], "torn.jsonl:1: not a JSON line"),
+        (["odd.jsonl", "--output", "o"], "odd.jsonl:1: 'utf-8' codec can't encode"),
+        (["binary", "--output", "o"], "holds no text (1 files are not UTF-8 text)"),
+        (["texts", "--output", "bad.json/o"], "Not a directory"),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, word):
@@ -184,8 +189,24 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, word):
     (tmp_path / "binary" / "x.bin").write_bytes(bytes(range(256)))
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not fine"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "fi')
+    (tmp_path / "odd.jsonl").write_text('{"text": "\\ud800"}')
     assert main(["prepare", *arguments]) == 2
     assert word in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_two_preparations_of_one_folder_do_not_meet(tmp_path, monkeypatch, capsys):
+    arguments = ["prepare", str(write_texts(tmp_path / "texts", 2)), "--output", str(tmp_path / "data")]
+
+    def refuse(*_):
+        raise BlockingIOError
+
+    unfinished(tmp_path / "data").mkdir()
+    (unfinished(tmp_path / "data") / "lock").write_text("process 5 on n1\n")
+    monkeypatch.setattr("fcntl.lockf", refuse)  # as another process's lock does
+    assert main(arguments) == 2
+    assert "process 5 on n1 is writing it" in capsys.readouterr().err
 
 
 def test_excluded_names_are_left_out(tmp_path, capsys):

@@ -15,6 +15,7 @@ PACKAGE = Path(foxdist.__file__).parent
 ORDER = [
     "layout",
     "log",
+    "lock",
     "config",
     "mesh",
     "attention.naive",

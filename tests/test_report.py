@@ -8,6 +8,7 @@ import torch
 from foxdist import report
 from foxdist.bench import __main__ as bench
 from foxdist.bench import attention as attention_bench
+from foxdist.log import log
 from foxdist.sinks import _flat, _open_jsonl
 
 
@@ -58,7 +59,7 @@ def test_no_run_is_named(tmp_path, capsys):
 
 def test_jsonl_drops_what_the_checkpoint_does_not_know(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_text('{"step": 1}\n{"step": 2}\n[1]\n{"step": 3}\n{"ste')
     file = _open_jsonl(path, 2)
     file.write('{"step": 3, "again": true}\n')
     file.close()
@@ -67,6 +68,23 @@ def test_jsonl_drops_what_the_checkpoint_does_not_know(tmp_path):
         {"step": 2},
         {"step": 3, "again": True},
     ]
+
+
+def test_without_a_checkpoint_the_old_log_is_kept(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    _open_jsonl(path, 0).close()
+    assert path.read_text() == ""
+    assert (tmp_path / "metrics.old.jsonl").read_text() == '{"step": 1}\n'
+    assert "metrics.old.jsonl" in caplog.text
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path):
+    write(tmp_path, [row(1), row(2)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 3, "lo')
+    assert [r["step"] for r in report.read(tmp_path)] == [1, 2]
 
 
 def test_lists_become_names_for_wandb():
@@ -99,6 +117,15 @@ def test_benchmark_prints_a_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\n|") == 3
     assert [r["tokens"] for r in json.loads((tmp_path / "out.json").read_text())] == [256, 512]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--lengths", "0"], ["--heads", "-1"], ["--repeats", "0"], ["--json", "/nowhere/x"]]
+)
+def test_mistakes_of_the_benchmark_are_named(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["attention", "--device", "cpu", *arguments])
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
 
 
 def test_benchmark_refuses_when_attention_is_wrong(monkeypatch, capsys):

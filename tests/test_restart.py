@@ -164,7 +164,9 @@ def test_no_good_checkpoint_left_is_an_error(ranks, finished, tmp_path):
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_manifest_names_every_file(ranks, data, tmp_path, zero):
     """Each rank names what it wrote, without looking for the others' files."""
-    ranks(2, go, tree(data, tmp_path / "run", parallel__cp=2, parallel__zero=zero, train__steps=1))
+    ranks(
+        2, go, tree(data, tmp_path / "run", parallel__cp=2, parallel__zero=zero, train__steps=1, optim__warmup_tokens=0)
+    )
     folder = tmp_path / "run" / "checkpoints" / "step_00000001"
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == sorted(p.name for p in folder.iterdir() if p.name != "manifest.json")
@@ -199,7 +201,7 @@ def fails(rank, size, values):
 @pytest.mark.parametrize("what", ["checkpoints", "metrics.jsonl"])
 def test_what_rank_0_cannot_write_ends_all_ranks(ranks, data, tmp_path, what):
     """Not one, with the others waiting for it."""
-    values = tree(data, tmp_path / "run", parallel__cp=2, train__steps=1)
+    values = tree(data, tmp_path / "run", parallel__cp=2, train__steps=1, optim__warmup_tokens=0)
     (tmp_path / "run").mkdir()
     if what == "checkpoints":
         (tmp_path / "run" / what).write_text("a file where a folder must go")

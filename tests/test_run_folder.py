@@ -35,10 +35,31 @@ def test_one_job_at_a_time_and_a_killed_one_lets_go(tmp_path):
     run_folder.take(config).close()
 
 
+def test_a_configuration_binds_from_the_first_checkpoint_on(tmp_path):
+    """A run that failed before it leaves nothing that another configuration could spoil."""
+    run_folder.take(configuration.parse(tree("/data", tmp_path))).close()
+    run_folder.record(configuration.parse(tree("/data", tmp_path)))
+    other = configuration.parse(tree("/data", tmp_path, optim__lr=1e-5))
+    run_folder.check(other)
+    (run_folder.checkpoints(tmp_path) / "step_00000008").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"optim\.lr was 0\.005 and is 1e-05"):
+        run_folder.check(other)
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "run", "/proc/run"):
+        with pytest.raises(ValueError, match=r"train\.run_dir=.*must be"):
+            run_folder.take(configuration.parse(tree("/data", place)))
+    with pytest.raises(ValueError, match="names no folder"):
+        run_folder.check(configuration.parse(tree("/data", "")))
+
+
 @pytest.mark.parametrize("content", ["", "a: [1", "text"])
 def test_a_damaged_config_is_named(tmp_path, content):
     config = configuration.parse(tree("/data", tmp_path))
     (tmp_path / "config.yaml").write_text(content)
+    (run_folder.checkpoints(tmp_path) / "step_00000008").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
         run_folder.check(config)
 
@@ -52,4 +73,3 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     config = configuration.parse(tree("/data", tmp_path / "run"))
     run_folder.take(config).close()
     assert "cannot be locked (No locks available)" in caplog.text
-    assert (tmp_path / "run" / "config.yaml").exists()

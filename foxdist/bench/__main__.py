@@ -16,17 +16,19 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser("attention", help="forward and backward of attention over sequence lengths")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536], metavar="T")
-    p.add_argument("--heads", type=int, default=4, metavar="H")
-    p.add_argument("--dim", type=int, default=64, metavar="D")
+    p.add_argument("--lengths", type=_count, nargs="+", default=[4096, 8192, 16384, 32768, 65536], metavar="T")
+    p.add_argument("--heads", type=_count, default=4, metavar="H")
+    p.add_argument("--dim", type=_count, default=64, metavar="D")
     p.add_argument(
         "--gates", default="local", choices=sorted(GATES), help="how fast heads forget; default: %(default)s"
     )
     p.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="medians over N fresh inputs; default: %(default)s"
+        "--repeats", type=_count, default=3, metavar="N", help="medians over N fresh inputs; default: %(default)s"
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    p.add_argument("--json", type=_writable, metavar="FILE", help="also write the numbers there")
     chosen = parser.parse_args(arguments)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no GPU; use --device cpu")
     device = torch.device(chosen.device)
     fault = check(device, chosen.heads, chosen.dim, chosen.gates)
     if fault:
@@ -40,6 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps(rows, indent=1))
     return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return number
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {path.parent} is no folder; must be one; make it first")
+    return path
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("reading text", total=total)
             prepared, report = prepare(options, lambda size: bar.update(task, advance=size))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again", file=sys.stderr)
+        return 130
     if report is None:
         print(f"{options.output}: already prepared ({prepared.sequences} sequences); nothing to do")
         return 0
@@ -36,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _print_report(options: Options, tokenizer: str, report: Report) -> None:
     length = options.sequence_length
     fill = 1 - report.tokens / (report.sequences * length)
+    if options.train_bpe and len(report.histogram) < options.train_bpe:
+        print(f"the text gives only {len(report.histogram):,} tokens of the {options.train_bpe:,} asked for")
     print(f"{options.output}: {report.documents:,} documents, {report.tokens:,} tokens ({tokenizer} tokenizer)")
     print(f"{report.sequences:,} sequences of {length:,} tokens, {fill:.2%} of them fill")
     if report.skipped:
@@ -72,6 +77,8 @@ def _parse(arguments: list[str] | None) -> Options:
     p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and folders to leave out")
     p.add_argument("--shard-mib", type=int, default=64, metavar="N", help="size of a shard; default: %(default)s")
     chosen = parser.parse_args(arguments)
+    if chosen.shard_mib < 1:
+        p.error("--shard-mib: must be at least 1")
     if chosen.train_bpe is not None and chosen.tokenizer != "byte":
         p.error("--train-bpe and --tokenizer exclude each other; give one of them")
     return Options(**{**vars(chosen), "inputs": tuple(chosen.inputs), "exclude": tuple(chosen.exclude)})

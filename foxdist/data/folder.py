@@ -1,6 +1,7 @@
 """The folder that preparation leaves: shards in mosaicml-streaming's MDS format and `foxdist.json`.
 
-It is written under another name and renamed when it is whole, so a folder of the right name is never half-written.
+It is written inside `NAME.unfinished` and moved out when it is whole, so a folder of the right name is never
+half-written.
 """
 
 import json
@@ -30,9 +31,6 @@ class Prepared(BaseModel):
     """Of documents, end-of-text tokens included, fill not."""
     settings: dict[str, Any]
     """What was asked for, and of which files; a second call with the same finds its work done."""
-
-
-UNFINISHED = ".foxdist-unfinished"  # marks a folder as prepare's own, to be deleted if it does not finish
 
 
 def unfinished(path: Path) -> Path:

@@ -52,6 +52,16 @@ def shifted(tokens: np.ndarray, starts: np.ndarray, used: int, end: int) -> dict
     return {"tokens": inputs, "labels": labels, "starts": first}
 
 
+def steps_per_epoch(path: Path, prepared: Prepared, global_batch: int) -> int:
+    """Whole steps of `global_batch` sequences in the folder. Raises `ConfigError` if there is none."""
+    if prepared.sequences < global_batch:
+        raise ConfigError(
+            f"data.path={path}: holds {prepared.sequences} sequences; a step needs {global_batch} "
+            "(train.tokens_per_step / data.sequence_length); prepare more text or lower train.tokens_per_step"
+        )
+    return prepared.sequences // global_batch
+
+
 class Loader:
     """An endless stream of steps' batches with a position that can be saved.
 
@@ -71,13 +81,7 @@ class Loader:
         seed: int,
         workers: int,
     ):
-        self.steps_per_epoch = prepared.sequences // global_batch
-        if not self.steps_per_epoch:
-            raise ConfigError(
-                f"data.path={path}: holds {prepared.sequences} sequences; a step needs {global_batch} "
-                "(train.tokens_per_step / data.sequence_length); prepare more text or lower train.tokens_per_step"
-            )
-        self._epoch_size = self.steps_per_epoch * global_batch
+        self._epoch_size = steps_per_epoch(path, prepared, global_batch) * global_batch
         streaming = import_streaming()
         number_shared_memory_from(broadcast(secrets.randbelow(2**31)))
         dataset = streaming.StreamingDataset(

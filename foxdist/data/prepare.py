@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
-from foxdist.data.folder import NAME, UNFINISHED, Prepared, unfinished
+from foxdist.data.folder import NAME, Prepared, unfinished
 from foxdist.data.packing import Sequence, pack
 from foxdist.data.streaming_import import import_streaming
 from foxdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from foxdist.layout import BLOCK
+from foxdist.lock import Held, hold
 
+LOCK = "lock"  # in the unfinished folder: whose it is, and that a preparation made it
 TEXTS_AT_ONCE = 64  # what a tokenizer with threads gets in one call
 
 
@@ -106,14 +109,35 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
     done = _finished(options.output, settings)
     if done:
         return done, None
-    work = _start_anew(options.output)
     tokenizer = _tokenizer(options, files)
+    work, lock = _start_anew(options.output)
+    try:
+        prepared, report = _fill(work / "data", options, files, settings, tokenizer, progress)
+        (work / "data").replace(options.output)
+    except ValueError:  # a mistake in the inputs; after a kill the folder stays and is recognised
+        shutil.rmtree(work)
+        raise
+    finally:
+        lock.close()
+    shutil.rmtree(work)
+    return prepared, report
+
+
+def _fill(
+    folder: Path,
+    options: Options,
+    files: list[Path],
+    settings: dict[str, object],
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> tuple[Prepared, Report]:
     report = Report(histogram=np.zeros(tokenizer.vocab, np.int64), text_of=tokenizer.decode)
     documents = _documents(files, options.text_key, tokenizer, report, progress)
-    _write(work, options, tokenizer, documents, report)
+    _write(folder, options, tokenizer, documents, report)
     if not report.tokens:
+        skipped = f" ({len(report.skipped)} files are not UTF-8 text)" if report.skipped else ""
         raise ValueError(
-            f"INPUT {' '.join(map(str, options.inputs))}: holds no text; must hold some; name other inputs"
+            f"INPUT {' '.join(map(str, options.inputs))}: holds no text{skipped}; must hold some; name other inputs"
         )
     prepared = Prepared(
         sequence_length=options.sequence_length,
@@ -126,25 +150,30 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
         settings=settings,
     )
     if tokenizer.definition:
-        (work / "tokenizer.json").write_text(tokenizer.definition)
-    (work / NAME).write_text(prepared.model_dump_json(indent=1))
-    (work / UNFINISHED).unlink()
-    work.replace(options.output)
+        (folder / "tokenizer.json").write_text(tokenizer.definition)
+    (folder / NAME).write_text(prepared.model_dump_json(indent=1))
     return prepared, report
 
 
-def _start_anew(output: Path) -> Path:
-    """An empty folder to write into, in place of what an interrupted preparation left."""
+def _start_anew(output: Path) -> tuple[Path, TextIO]:
+    """A folder to write into, this process's own as long as the file is open, with nothing of an earlier call in it."""
     work = unfinished(output)
-    if work.exists() and not (work / UNFINISHED).is_file() and (work.is_file() or any(work.iterdir())):
+    if work.is_file() or (work.is_dir() and any(work.iterdir()) and not (work / LOCK).is_file()):
         raise ValueError(
             f"--output {output}: {work} is in the way, and no preparation made it; must be free to write into; move it "
             "or choose another --output"
         )
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    return work
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = hold(work / LOCK)
+    except Held as other:
+        raise ValueError(
+            f"--output {output}: {other} is writing it; must be one preparation at a time; wait for it or choose "
+            "another --output"
+        ) from None
+    if (work / "data").exists():
+        shutil.rmtree(work / "data")
+    return work, lock
 
 
 def _finished(output: Path, settings: dict[str, object]) -> Prepared | None:
@@ -195,15 +224,20 @@ def _texts(files: list[Path], key: str, report: Report, progress: Progress) -> I
 
 
 def _field(line: bytes, key: str, path: Path, number: int) -> str:
+    where = f"INPUT {path}:{number}"
     try:
-        value = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError):
-        value = None
-    if not isinstance(value, str):
-        raise ValueError(
-            f"INPUT {path}:{number}: no JSON object with a text under {key!r}; name the key with --text-key"
-        )
-    return value
+        value = json.loads(line)
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{where}: not a JSON line; {error}; must be one object a line; correct the file") from None
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+        keys = ", ".join(value) if isinstance(value, dict) else f"no keys but a {type(value).__name__}"
+        raise ValueError(f"{where}: no text under {key!r}; must be an object with one; it has {keys}; name --text-key")
+    text: str = value[key]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {error}; must be valid Unicode; correct the file") from None
+    return text
 
 
 def _documents(
@@ -238,7 +272,6 @@ def _write(
     with streaming.MDSWriter(
         out=str(folder), columns=columns, size_limit=options.shard_mib * 2**20, hashes=["xxh64"]
     ) as writer:
-        (folder / UNFINISHED).touch()  # not earlier: the writer wants an empty folder
         for sequence in pack(documents, length):
             writer.write(_sample(sequence, length, tokenizer.end, dtype))
             report.sequences += 1
