@@ -1,9 +1,8 @@
 """Shared fixtures: ranks to run on, and poisoned memory."""
 
 import pytest
-import torch
 
-from ranks import Ranks
+from ranks import Ranks, poison_memory
 
 
 @pytest.fixture(scope="session")
@@ -15,18 +14,6 @@ def ranks():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """Fresh memory is NaN (or a large number): a result that was never written cannot pass by luck."""
-    real = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-
-    def poisoned(name):
-        def make(*args, **kwargs):
-            out = real[name](*args, **kwargs)
-            if out.device.type == "cpu" and out.numel():
-                out.fill_(float("nan") if out.is_floating_point() else 99)
-            return out
-
-        return make
-
-    for name in real:
-        monkeypatch.setattr(torch, name, poisoned(name))
+def poisoned(monkeypatch):
+    """In this process as on every rank."""
+    poison_memory(monkeypatch.setattr)

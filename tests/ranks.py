@@ -12,8 +12,25 @@ import torch.multiprocessing as mp
 TIMEOUT = 300  # seconds: for one call on all ranks
 
 
+def poison_memory(replace=setattr):
+    """Fresh memory is NaN (or a large number): a result that was never written cannot pass by luck."""
+
+    def poisoned(real):
+        def make(*args, **kwargs):
+            out = real(*args, **kwargs)
+            if out.device.type == "cpu" and out.numel():
+                out.fill_(float("nan") if out.is_floating_point() else 99)
+            return out
+
+        return make
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        replace(owner, name, poisoned(getattr(owner, name)))
+
+
 def _serve(rank, size, backend, rendezvous, pipe):
     torch.set_num_threads(1)
+    poison_memory()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
     if backend == "nccl":

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from foxdist.attention import Acp, ContextParallel, ring
 from foxdist.attention.transport import Swap
 from foxdist.config import Model
+from foxdist.layer import FloatLinear
 from foxdist.layout import shard
 from foxdist.loss import IGNORE
 from foxdist.model import FoX, flops_per_token, parameter_count
@@ -68,6 +69,15 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(0.02, rel=0.15), name
         else:
             assert p.eq(0 if name.endswith("bias") else 1).all(), name
+
+
+def test_gates_are_computed_in_float32_whatever_the_parameters():
+    torch.manual_seed(0)
+    gate = FloatLinear(256, 8).bfloat16()
+    x = torch.randn(64, 256).bfloat16()
+    expected = torch.nn.functional.linear(x.double(), gate.weight.double(), gate.bias.double())
+    assert gate(x).dtype == torch.float32
+    assert relative(gate(x), expected) < 1e-6
 
 
 def test_flops_of_a_token():

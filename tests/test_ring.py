@@ -3,6 +3,7 @@
 import functools
 import gc
 import itertools
+import math
 import weakref
 
 import pytest
@@ -89,6 +90,32 @@ def test_every_rank_finds_the_boundary_one_process_finds(ranks, layout):
     tensors, _ = whole("mixed", 4)
     _, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), return_stats=True)
     assert all(torch.equal(s, stats.start) for s in ranks(3, starts_agree, ("mixed", 4), layout))
+
+
+def starts_of(rank, size, tensors, layout, acp):
+    tensors = [shard(x, rank, size, layout) for x in tensors]
+    _, stats = forgetting_attention(*tensors, acp=acp, cp=ContextParallel(dist.group.WORLD, layout), return_stats=True)
+    return stats.start
+
+
+def test_the_measured_bound_is_that_of_all_ranks(ranks):
+    """The largest q and k stand on one rank only."""
+    tensors, _ = whole("mixed", 2)
+    for x in tensors[:2]:
+        x *= torch.linspace(0.2, 3, LENGTH)[:, None, None]
+    _, stats = forgetting_attention(*tensors, acp=Acp(), return_stats=True)
+    assert all(torch.equal(s, stats.start) for s in ranks(3, starts_of, tensors, "contiguous", Acp()))
+
+
+def test_the_threshold_counts_the_keys_of_all_ranks(ranks):
+    """Two blocks away the decay is between the thresholds of 512 and of 1,536 keys: it is kept."""
+    (q, k, v, log_f), _ = whole("open", 4)
+    log_f[:] = -24.8 / (BLOCK + 1)
+    low, high = (-(2 * 4 + math.log(n)) - 10 for n in (LENGTH, LENGTH // 3))
+    assert low < -24.8 < high
+    expected = (torch.arange(LENGTH // BLOCK) - 2).clamp_min(0)
+    for start in ranks(3, starts_of, [q, k, v, log_f], "zigzag", Acp(logit_bound=4.0)):
+        assert start.eq(expected).all()
 
 
 def count_bytes(rank, size, case, layout, schedule, acp):
