@@ -188,28 +188,26 @@ def test_random_numbers_go_on(tmp_path):
 
 
 def fails(rank, size, values):
-    """What ends the run, and after how many seconds."""
-    begun = time.time()
+    """What ends the run."""
     try:
         config = configuration.parse(values)
         training.train(training.build(config, meshes.start(config.parallel.cp, 1)))
     except Exception as error:
-        return str(error), time.time() - begun
-    return "nothing", 0.0
+        return str(error)
+    return "nothing"
 
 
 @pytest.mark.parametrize("what", ["checkpoints", "metrics.jsonl"])
 def test_what_rank_0_cannot_write_ends_all_ranks(ranks, data, tmp_path, what):
-    """Not one, with the others waiting for it."""
+    """With the same words: one that waited for the others in vain would say so."""
     values = tree(data, tmp_path / "run", parallel__cp=2, train__steps=1, optim__warmup_tokens=0)
     (tmp_path / "run").mkdir()
     if what == "checkpoints":
         (tmp_path / "run" / what).write_text("a file where a folder must go")
     else:
         (tmp_path / "run" / what).mkdir()
-    for error, seconds in ranks(2, fails, values):
+    for error in ranks(2, fails, values):
         assert what in error
-        assert seconds < 30
 
 
 def test_a_finished_run_says_so_and_can_be_lengthened(ranks, finished, tmp_path):
