@@ -15,7 +15,8 @@ python -m foxdist.data prepare "$library" --output data/quickstart --sequence-le
 
 export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu # the same run with and without a GPU
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --quiet --num_accelerators 2 --master_port "$port" foxdist/train.py --config configs/quickstart.yaml "$@"
+# The command `deepspeed`, by its module: the script of that name cannot start from a path that holds a space.
+python -m deepspeed.launcher.runner --quiet --num_accelerators 2 --master_port "$port" foxdist/train.py --config configs/quickstart.yaml "$@"
 
 echo
 python -m foxdist.report runs/quickstart
