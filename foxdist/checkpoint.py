@@ -12,7 +12,6 @@ what it wrote itself, and what rank 0 reads of manifests counts for all.
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -26,8 +25,10 @@ import torch.distributed as dist
 
 from foxdist import zero
 from foxdist.config import ConfigError
+from foxdist.files import replace_text
 from foxdist.log import log
 from foxdist.mesh import Mesh, broadcast, on_rank_0
+from foxdist.run_folder import newest_first
 
 MANIFEST = "manifest.json"
 
@@ -69,17 +70,13 @@ def _start_anew(work: Path) -> None:
 
 def _finish(work: Path, folder: Path, saved: Saved, keep: int) -> None:
     """Declares `work` good as `folder` and removes what is older than the newest `keep`."""
-    _write(work / MANIFEST, json.dumps(saved.__dict__, indent=1))
+    replace_text(work / MANIFEST, json.dumps(saved.__dict__, indent=1))
     if folder.exists():
         shutil.rmtree(folder)
     work.replace(folder)
-    _write(folder.parent / "latest", folder.name + "\n")
-    for old in _newest_first(folder.parent)[keep:]:
+    replace_text(folder.parent / "latest", folder.name + "\n")
+    for old in newest_first(folder.parent)[keep:]:
         shutil.rmtree(old)
-
-
-def _newest_first(root: Path) -> list[Path]:
-    return sorted(root.glob("step_????????"), reverse=True)
 
 
 def _writer(name: str) -> int:
@@ -125,7 +122,7 @@ def _survey(root: Path) -> list[tuple[Path, Saved | None]]:
     """All checkpoints, newest first, with their manifests; what a kill left half-written goes."""
     for torn in root.glob("step_*.unfinished"):
         shutil.rmtree(torn)
-    return [(folder, _read_manifest(folder)) for folder in _newest_first(root)]
+    return [(folder, _read_manifest(folder)) for folder in newest_first(root)]
 
 
 def _set_aside(damaged: list[Path]) -> None:
@@ -166,16 +163,6 @@ def _damage(folder: Path, saved: Saved, mesh: Mesh) -> list[str]:
 def _fingerprint(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a small file in one go, and on disk before this returns."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def _random_state() -> dict[str, Any]:

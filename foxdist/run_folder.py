@@ -7,7 +7,7 @@ from typing import Any, TextIO
 import yaml
 
 from foxdist.config import Config, ConfigError, dump
-from foxdist.lock import Held, hold
+from foxdist.files import Held, hold, replace_text
 
 # What may change between two starts of one run, because it changes neither the model, nor the data, nor the meaning of
 # a step. The length may: a longer run is the usual reason to start again (and it stretches a cosine schedule).
@@ -44,7 +44,7 @@ def check(config: Config) -> None:
             f"train.run_dir={folder}: {existing} is not a folder that can be written; must be one; choose another"
         )
     path = folder / "config.yaml"
-    if not path.exists() or not any(checkpoints(folder).glob("step_????????")):
+    if not path.exists() or not newest_first(checkpoints(folder)):
         return
     try:
         before = _leaves(yaml.safe_load(path.read_text()))
@@ -93,14 +93,17 @@ def take(config: Config) -> TextIO:
 
 def record(config: Config) -> None:
     """Writes the resolved configuration into the folder; for rank 0, when training is about to start."""
-    new = config.train.run_dir / "config.yaml.new"
-    new.write_text(dump(config))
-    new.replace(config.train.run_dir / "config.yaml")
+    replace_text(config.train.run_dir / "config.yaml", dump(config))
 
 
 def checkpoints(run_dir: Path) -> Path:
     """Where the checkpoints of a run lie."""
     return run_dir / "checkpoints"
+
+
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints there, by their names: neither unfinished nor set aside."""
+    return sorted(root.glob("step_????????"), reverse=True)
 
 
 def _leaves(tree: dict[str, Any]) -> dict[str, Any]:

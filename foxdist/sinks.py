@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foxdist.config import Config, ConfigError
+from foxdist.files import replace_text
 from foxdist.log import log
 
 Sink = Callable[[int, dict[str, Any]], None]
@@ -107,9 +108,7 @@ def _open_jsonl(path: Path, first_step: int) -> Any:
         path.replace(old)
         log.warning("no checkpoint in %s: starting from step 0; what was logged is now %s", path.parent, old.name)
     elif path.exists():
-        new = path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
-        new.replace(path)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
     return path.open("a")
 
 

@@ -37,6 +37,7 @@ from foxdist.mesh import Mesh
 from foxdist.metrics import perplexity, step_metrics
 from foxdist.model import FoX
 from foxdist.optim import learning_rate, make_optimizer
+from foxdist.options import positive
 from foxdist.sinks import Sinks, check_wandb
 from foxdist.zero import make_engine, set_learning_rate
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="print the resolved run and its arithmetic, and stop")
     parser.add_argument(
-        "--world", type=_ranks, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
+        "--world", type=positive, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     chosen = parser.parse_intermixed_args(arguments)
@@ -92,13 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("interrupted; the same command continues from the newest checkpoint", 130)
     meshes.stop()
     return 0
-
-
-def _ranks(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _fail(error: Exception | str, status: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention
+from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention, tiles
 
 from cases import GATES, gradients, inputs, relative
 
@@ -71,7 +71,6 @@ def test_packed_documents_are_separate_documents(acp):
 
 def test_work_follows_kept_tiles(monkeypatch):
     """What is pruned is not computed: tiles that go through the products equal tiles kept."""
-    from foxdist.attention import tiles
 
     seen = []
     real = tiles._logits
@@ -149,3 +148,17 @@ def test_double_is_refused_not_rounded():
     tensors = [x.double() for x in inputs(1, 128, 2)]
     with pytest.raises(ValueError, match=r"q: torch\.float64"):
         forgetting_attention(*tensors[:3], tensors[3].float())
+
+
+@pytest.mark.parametrize("pool", [range(24), range(4, 8), (*range(2), *range(22, 24)), (3,)])
+@pytest.mark.parametrize("asking", [range(24), (*range(4), *range(20, 24)), range(8, 12)])
+def test_no_round_is_without_blocks_to_meet(asking, pool):
+    """Distances at which a query block meets a block of the pool: those of all pairs, found without looking at all."""
+    blocks = torch.tensor(list(asking))
+    table = torch.full((1, 2, 24), -1)
+    table[0, 1, list(pool)] = 0
+    queries = tiles.Queries(None, None, None, torch.zeros(1, 2, len(blocks), dtype=torch.int64), blocks, 1.0)
+    pairs = {m - n for m in asking for n in pool if m >= n}
+    assert tiles._distances(queries, table) == sorted(pairs)
+    near = queries._replace(start=(blocks - 2).clamp_min(0).expand(1, 2, -1))
+    assert tiles._distances(near, table) == sorted(d for d in pairs if d <= 2)

@@ -15,7 +15,8 @@ PACKAGE = Path(foxdist.__file__).parent
 ORDER = [
     "layout",
     "log",
-    "lock",
+    "files",
+    "options",
     "config",
     "mesh",
     "attention.naive",

@@ -80,16 +80,11 @@ def test_blocking_and_overlapped_give_the_same_bits(ranks, layout, schedule):
             assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def starts_agree(rank, size, case, layout):
-    _, stats = attend(rank, size, case, layout, "auto", Acp(logit_bound=4.0))
-    return stats.start
-
-
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_every_rank_finds_the_boundary_one_process_finds(ranks, layout):
     tensors, _ = whole("mixed", 4)
     _, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), return_stats=True)
-    assert all(torch.equal(s, stats.start) for s in ranks(3, starts_agree, ("mixed", 4), layout))
+    assert all(torch.equal(s, stats.start) for s in ranks(3, starts_of, tensors, layout, Acp(logit_bound=4.0)))
 
 
 def starts_of(rank, size, tensors, layout, acp):

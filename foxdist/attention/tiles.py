@@ -132,10 +132,20 @@ def _batches(queries: Queries, pool: Pages, table: torch.Tensor) -> Iterator[_Ba
 
 def _distances(queries: Queries, table: torch.Tensor) -> list[int]:
     """Ascending, the distances at which any query block can meet a block of the pool."""
-    held = (table >= 0).any(1).any(0).nonzero().squeeze(1)
-    apart = queries.blocks[:, None] - held  # [n, blocks in the pool]
-    furthest = (queries.blocks - queries.start).amax((0, 1))[:, None]
-    return apart[(apart >= 0) & (apart <= furthest)].unique().tolist()
+    held = _runs((table >= 0).any(1).any(0).nonzero().squeeze(1))
+    asking = _runs(queries.blocks)
+    reach = (queries.blocks - queries.start).amax((0, 1)).split([len(run) for run in asking])
+    found: set[int] = set()
+    for rows, furthest in zip(asking, reach):
+        for run in held:
+            found.update(range(max(0, rows[0] - run[-1]), min(rows[-1] - run[0], int(furthest.max())) + 1))
+    return sorted(found)
+
+
+def _runs(blocks: torch.Tensor) -> list[list[int]]:
+    """Ascending integers, cut where they are not consecutive: a rank's blocks are one or two runs."""
+    cuts = (blocks.diff() != 1).nonzero().squeeze(1) + 1
+    return [run.tolist() for run in blocks.tensor_split(cuts.cpu())]
 
 
 def _logits(q: torch.Tensor, k: torch.Tensor, queries: Queries, pool: Pages, batch: _Batch) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from foxdist.bench.attention import GATES, check, measure, table
+from foxdist.options import positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,14 +17,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser("attention", help="forward and backward of attention over sequence lengths")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    p.add_argument("--lengths", type=_count, nargs="+", default=[4096, 8192, 16384, 32768, 65536], metavar="T")
-    p.add_argument("--heads", type=_count, default=4, metavar="H")
-    p.add_argument("--dim", type=_count, default=64, metavar="D")
+    p.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 16384, 32768, 65536], metavar="T")
+    p.add_argument("--heads", type=positive, default=4, metavar="H")
+    p.add_argument("--dim", type=positive, default=64, metavar="D")
     p.add_argument(
         "--gates", default="local", choices=sorted(GATES), help="how fast heads forget; default: %(default)s"
     )
     p.add_argument(
-        "--repeats", type=_count, default=3, metavar="N", help="medians over N fresh inputs; default: %(default)s"
+        "--repeats", type=positive, default=3, metavar="N", help="medians over N fresh inputs; default: %(default)s"
     )
     p.add_argument("--json", type=_writable, metavar="FILE", help="also write the numbers there")
     chosen = parser.parse_args(arguments)
@@ -42,13 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json:
         chosen.json.write_text(json.dumps(rows, indent=1))
     return 0
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-    return number
 
 
 def _writable(text: str) -> Path:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foxdist.data.prepare import Options, Report, find_files, prepare
+from foxdist.options import positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,10 +76,8 @@ def _parse(arguments: list[str] | None) -> Options:
     p.add_argument("--end", metavar="TOKEN", help="the tokenizer's end-of-text token, if it has an unusual name")
     p.add_argument("--text-key", default="text", metavar="KEY", help="where .jsonl lines hold the text")
     p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and folders to leave out")
-    p.add_argument("--shard-mib", type=int, default=64, metavar="N", help="size of a shard; default: %(default)s")
+    p.add_argument("--shard-mib", type=positive, default=64, metavar="N", help="size of a shard; default: %(default)s")
     chosen = parser.parse_args(arguments)
-    if chosen.shard_mib < 1:
-        p.error("--shard-mib: must be at least 1")
     if chosen.train_bpe is not None and chosen.tokenizer != "byte":
         p.error("--train-bpe and --tokenizer exclude each other; give one of them")
     return Options(**{**vars(chosen), "inputs": tuple(chosen.inputs), "exclude": tuple(chosen.exclude)})

@@ -15,8 +15,8 @@ from foxdist.data.folder import NAME, Prepared, unfinished
 from foxdist.data.packing import Sequence, pack
 from foxdist.data.streaming_import import import_streaming
 from foxdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from foxdist.files import Held, hold
 from foxdist.layout import BLOCK
-from foxdist.lock import Held, hold
 
 LOCK = "lock"  # in the unfinished folder: whose it is, and that a preparation made it
 TEXTS_AT_ONCE = 64  # what a tokenizer with threads gets in one call
@@ -114,12 +114,12 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
     try:
         prepared, report = _fill(work / "data", options, files, settings, tokenizer, progress)
         (work / "data").replace(options.output)
+        shutil.rmtree(work)  # still locked: another preparation could be in it otherwise
     except ValueError:  # a mistake in the inputs; after a kill the folder stays and is recognised
         shutil.rmtree(work)
         raise
     finally:
         lock.close()
-    shutil.rmtree(work)
     return prepared, report
 
 

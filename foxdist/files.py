@@ -1,4 +1,4 @@
-"""One process at a time: a lock file that is let go however its holder ends."""
+"""Files that outlive kills and other processes: a lock let go however its holder ends, text replaced in one go."""
 
 import fcntl
 import os
@@ -32,3 +32,13 @@ def hold(path: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a small file in one go, and on disk before this returns."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
