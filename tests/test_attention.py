@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention, tiles
+from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention, tiles_torch
+from foxdist.attention.queries import Queries
 
 from cases import GATES, gradients, inputs, relative
 
@@ -73,8 +74,8 @@ def test_work_follows_kept_tiles(monkeypatch):
     """What is pruned is not computed: tiles that go through the products equal tiles kept."""
 
     seen = []
-    real = tiles._logits
-    monkeypatch.setattr(tiles, "_logits", lambda *a: seen.append(len(a[-1].query)) or real(*a))
+    real = tiles_torch._logits
+    monkeypatch.setattr(tiles_torch, "_logits", lambda *a: seen.append(len(a[-1].query)) or real(*a))
     tensors = inputs(2, 2048, 4, kind="mixed")
     _, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), return_stats=True)
     assert sum(seen) == stats.tiles_kept < stats.tiles_causal
@@ -157,8 +158,8 @@ def test_no_round_is_without_blocks_to_meet(asking, pool):
     blocks = torch.tensor(list(asking))
     table = torch.full((1, 2, 24), -1)
     table[0, 1, list(pool)] = 0
-    queries = tiles.Queries(None, None, None, torch.zeros(1, 2, len(blocks), dtype=torch.int64), blocks, 1.0)
+    queries = Queries(None, None, None, torch.zeros(1, 2, len(blocks), dtype=torch.int64), blocks, 1.0)
     pairs = {m - n for m in asking for n in pool if m >= n}
-    assert tiles._distances(queries, table) == sorted(pairs)
+    assert tiles_torch._distances(queries, table) == sorted(pairs)
     near = queries._replace(start=(blocks - 2).clamp_min(0).expand(1, 2, -1))
-    assert tiles._distances(near, table) == sorted(d for d in pairs if d <= 2)
+    assert tiles_torch._distances(near, table) == sorted(d for d in pairs if d <= 2)

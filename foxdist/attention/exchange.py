@@ -4,15 +4,16 @@ A page in flight is one row of 32-bit words: K, V and the gate sums of its query
 carries everything. Decides nothing about what to send and computes no attention.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from foxdist.attention.pages import Pages
+from foxdist.attention.pages import BlockTable, Pages
 from foxdist.attention.plan import Plan
 from foxdist.attention.transport import ContextParallel, Swap
-from foxdist.layout import blocks_of
+from foxdist.layout import BLOCK, blocks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +26,8 @@ class Route:
     """Pages that come from each rank."""
     lent: torch.Tensor
     """[M] int64: rows of this rank's own pool that travel."""
-    table: torch.Tensor
-    """[B, K, N] int32: the row of the arriving pool that holds a block, or -1."""
+    table: BlockTable
+    """Where the arriving pool holds its blocks."""
 
 
 def make_route(plan: Plan, rank: int, distances: tuple[int, ...], device: torch.device) -> Route:
@@ -38,16 +39,25 @@ def make_route(plan: Plan, rank: int, distances: tuple[int, ...], device: torch.
 
     own = blocks_of(rank, size, plan.blocks, plan.layout).numpy()
     row, head, block = np.concatenate(lent).T
-    table = np.full((rows, heads, plan.blocks), -1, np.int32)
-    arriving = np.concatenate(borrowed)
-    table[tuple(arriving.T)] = np.arange(len(arriving))
     return Route(
         sends=[len(x) for x in lent],
         receives=[len(x) for x in borrowed],
         # The own pool is ordered (batch row, K/V head, block), blocks ascending.
         lent=torch.from_numpy((row * heads + head) * len(own) + np.searchsorted(own, block)).to(device),
-        table=torch.from_numpy(table).to(device),
+        table=_table_of(np.concatenate(borrowed), rows, heads, plan.blocks, device),
     )
+
+
+def _table_of(arriving: np.ndarray, rows: int, heads: int, total: int, device: torch.device) -> BlockTable:
+    """The table of a pool that holds `arriving` [M, 3] (row, K/V head, block), in that order."""
+    pages = np.lexsort(arriving.T[::-1])
+    row, head, block = arriving[pages].T
+    owner = row * heads + head  # ascending
+    counts = np.bincount(owner, minlength=rows * heads)
+    slot = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+    table = np.stack([np.full((rows * heads, counts.max()), fill, np.int32) for fill in (total, -1)])
+    table[:, owner, slot] = block, pages
+    return BlockTable(*torch.from_numpy(table).view(2, rows, heads, -1).to(device))
 
 
 class Rounds:
@@ -69,7 +79,7 @@ class Rounds:
         assert self.posted is None
         if self._stages and self._plan and self._cp:
             route = make_route(self._plan, self._cp.rank, self._stages.pop(0), self._pool.k.device)
-            lent = _words([x[route.lent] for x in self._pool])
+            lent = _words(x[torch.unravel_index(route.lent, x.shape[:3])] for x in self._pool.by_page())
             self.posted = route, Swap(self._cp, lent, route.sends, route.receives)
             self.swaps.append(self.posted[1])
 
@@ -82,26 +92,26 @@ class Rounds:
     def give_back(self, route: Route, grads: Pages) -> Swap:
         """Posts the gradients of a stage's borrowed pages on its route transposed; `take_back` adds what arrives."""
         assert self._cp is not None
-        return Swap(self._cp, _words(list(grads)), route.receives, route.sends)
+        return Swap(self._cp, _words(x.flatten(0, 2) for x in grads.by_page()), route.receives, route.sends)
 
 
 def take_back(swap: Swap, route: Route, grads: Pages) -> None:
     """Waits for a `give_back` and adds the gradients of lent pages to `grads`, in rank order: always the same bits."""
     arriving = _pages(swap.wait(), grads)
-    lent = route.lent.split(route.sends)
-    for total, parts in zip(grads, arriving):
-        for rows, part in zip(lent, parts.split(route.sends)):
-            total.index_add_(0, rows, part)  # a page appears once in a message, so no two adds meet
+    for lent, *parts in zip(route.lent.split(route.sends), *(x.split(route.sends) for x in arriving)):
+        for total, part in zip(grads.by_page(), Pages(*parts).by_page()):
+            where = torch.unravel_index(lent, total.shape[:3])
+            total[where] = total[where] + part.flatten(0, 2)  # a page appears once in a message
 
 
-def _words(parts: list[torch.Tensor]) -> torch.Tensor:
+def _words(pages: Iterable[torch.Tensor]) -> torch.Tensor:
     """[M, W] int32 from tensors [M, ...]: each row holds the bits of one page."""
-    return torch.cat([x.flatten(1).view(torch.int32) for x in parts], 1)
+    return torch.cat([x.flatten(1).view(torch.int32) for x in pages], 1)
 
 
 def _pages(words: torch.Tensor, like: Pages) -> Pages:
-    """The pages whose bits `words` [M, W] holds, with the shapes and dtypes of `like`."""
-    widths = [x.shape[1:].numel() * x.element_size() // 4 for x in like]
-    parts = words.split(widths, 1)
-    k, v, c_in = (w.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for w, x in zip(parts, like))
-    return Pages(k, v, c_in)
+    """The pool of one-block rows whose bits `words` [M, W] holds, with the dtypes of `like`."""
+    kv, gate = (size // 4 for size in like.bytes_each())
+    k, v, c_in = (part.contiguous().view(x.dtype) for part, x in zip(words.split([kv // 2, kv // 2, gate], 1), like))
+    shape = (len(words), BLOCK, 1, like.k.shape[3])
+    return Pages(k.view(shape), v.view(shape), c_in.view(len(words), like.group, 1, BLOCK))

@@ -1,18 +1,25 @@
-"""Combining partial attention results (out, lse2) of the same queries; knows nothing of where they came from.
+"""Combining partial attention results of the same queries; knows nothing of where they came from."""
 
-`lse2` is the base-2 logarithm of the sum of exp(logit). An empty partial, of a query that met no key, is (0, -inf);
-merging with it changes nothing, and two empties merge to an empty.
-"""
+from typing import NamedTuple
 
 import torch
 
+from foxdist.attention import gates
 
-def merge(
-    out: torch.Tensor, lse2: torch.Tensor, other_out: torch.Tensor, other_lse2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One partial from two. out: [..., D] float32, lse2: [...] float32, on both sides."""
-    total = torch.logaddexp2(lse2, other_lse2)
+
+class Partial(NamedTuple):
+    """Attention over some of the keys. A query that met no key has (0, -inf)."""
+
+    out: torch.Tensor  # [B, T, H, D]
+    lse2: torch.Tensor  # [B, H, n, BLOCK] float32: base-2 logarithm of the sum of exp(logit)
+
+
+def merge(one: Partial, other: Partial) -> Partial:
+    """The result over both sets of keys, float32. An empty partial changes nothing; two empties are an empty."""
+    total = torch.logaddexp2(one.lse2, other.lse2)
     # Two empties: exp2(-inf - -inf) would be NaN; any finite reference makes both weights 0.
     reference = total.masked_fill(total == -torch.inf, 0.0)
-    weight, other_weight = (lse2 - reference).exp2(), (other_lse2 - reference).exp2()
-    return out * weight[..., None] + other_out * other_weight[..., None], total
+    weights = ((x.lse2 - reference).exp2() for x in (one, other))
+    length = one.out.shape[1]
+    a, b = (gates.from_blocks(weight, length)[..., None] for weight in weights)
+    return Partial(one.out * a + other.out * b, total)

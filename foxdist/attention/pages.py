@@ -4,26 +4,50 @@ from typing import NamedTuple
 
 import torch
 
+from foxdist.layout import BLOCK
+
 
 class Pages(NamedTuple):
-    """A pool of K/V blocks, or of their gradients (then all float32). G query heads share a K/V head."""
+    """A pool of K/V blocks, or of their gradients (then `c_in` holds the column part of dc).
 
-    k: torch.Tensor  # [R, BLOCK, D]
-    v: torch.Tensor  # [R, BLOCK, D]
-    c_in: torch.Tensor  # [R, G, BLOCK] float32: gate sums of the keys' tokens, for each query head
+    A page is one block of one head of one row: page (b * K + h) * n + i is block i of head h in row b. So a rank's own
+    K and V are a pool as they stand, without a copy, and M borrowed pages are M rows of one head and one block. G query
+    heads share a K/V head.
+    """
+
+    k: torch.Tensor  # [B, T, K, D]
+    v: torch.Tensor  # [B, T, K, D]
+    c_in: torch.Tensor  # [B, K * G, n, BLOCK] float32: gate sums of the keys' tokens, for each query head
+
+    @property
+    def group(self) -> int:
+        """G, query heads of a K/V head."""
+        return self.c_in.shape[1] // self.k.shape[2]
+
+    def by_page(self) -> tuple[torch.Tensor, ...]:
+        """Views [B, K, n, ...] of k, v and c_in, page after page. T must be whole blocks."""
+        rows, _, count, _ = self.c_in.shape
+        k, v = (x.unflatten(1, (count, BLOCK)).movedim(3, 1) for x in (self.k, self.v))
+        return k, v, self.c_in.view(rows, k.shape[1], self.group, count, BLOCK).transpose(2, 3)
 
     def bytes_each(self) -> tuple[int, int]:
         """Bytes of one page: of K and V together, and of the gate sums."""
-        kv, gates = (x.shape[1:].numel() * x.element_size() for x in (self.k, self.c_in))
-        return 2 * kv, gates
+        return 2 * BLOCK * self.k.shape[3] * self.k.element_size(), BLOCK * self.group * self.c_in.element_size()
 
 
-def own_table(rows: int, heads: int, blocks: torch.Tensor, total: int) -> torch.Tensor:
-    """[B, K, N] int32: where a rank's own pool, ordered (batch row, K/V head, block), holds a block; -1 elsewhere.
+class BlockTable(NamedTuple):
+    """Which blocks of the sequence a pool holds for each row and K/V head, in S slots, and the page of each."""
 
-    blocks: [n] global indices of the blocks the rank owns, in layout order. total: N.
-    """
-    table = torch.full((rows, heads, total), -1, dtype=torch.int32, device=blocks.device)
-    pool = torch.arange(rows * heads * len(blocks), dtype=torch.int32, device=blocks.device)
-    table[:, :, blocks] = pool.view(rows, heads, len(blocks))
-    return table
+    block: torch.Tensor  # [B, K, S] int32, ascending; unused slots, at the end, hold N or more
+    page: torch.Tensor  # [B, K, S] int32, -1 in unused slots
+
+    def whole(self, total: int) -> torch.Tensor:
+        """[B, K, N] int32 with N = total: the page of each block of the sequence, or -1."""
+        table = self.page.new_full((*self.page.shape[:2], total + 1), -1)
+        return table.scatter_(-1, self.block.long().clamp_max(total), self.page)[..., :total]
+
+
+def own_table(rows: int, heads: int, blocks: torch.Tensor) -> BlockTable:
+    """The table of a rank's own pool. blocks: [n] global indices of the blocks it owns, ascending."""
+    pages = torch.arange(rows * heads * len(blocks), dtype=torch.int32, device=blocks.device)
+    return BlockTable(blocks.int().expand(rows, heads, -1), pages.view(rows, heads, -1))

@@ -20,17 +20,16 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from foxdist.attention import gates
+from foxdist.attention import gates, tiles
 from foxdist.attention.acp import Acp, largest_norms, measured_bound, start_blocks
 from foxdist.attention.exchange import Rounds, Route, take_back
-from foxdist.attention.merge import merge
-from foxdist.attention.pages import Pages, own_table
+from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
+from foxdist.attention.queries import Queries, Upstream
 from foxdist.attention.replay import remember
 from foxdist.attention.stats import AttentionStats, Traffic
-from foxdist.attention.tiles import Queries, tiles_backward, tiles_forward
 from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
-from foxdist.layout import BLOCK, blocks_of, chunk_count, unshard
+from foxdist.layout import blocks_of, chunk_count, unshard
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +94,14 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Ten
     plan = _plan(start, k.shape[2], cp)
     rounds = Rounds(plan, cp, pool)
     rounds.post()
-    out, lse2 = tiles_forward(queries, pool, own)
+    partial = tiles.forward(queries, pool, own)
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
-        out, lse2 = merge(out, lse2, *tiles_forward(queries, arrived, route.table))
+        partial = tiles.forward(queries, arrived, route.table, partial)
 
     stats = _stats(start, pool, plan, cp, rounds.swaps, call.backend)
-    return Result(gates.from_blocks(out, length).to(q.dtype), lse2, c_in, base, plan, stats)
+    return Result(partial.out.to(q.dtype), partial.lse2, c_in, base, plan, stats)
 
 
 def _backward(
@@ -111,29 +110,24 @@ def _backward(
     length, cp = q.shape[1], call.cp
     queries, pool, own = _local(q, k, v, result.c_in, result.base, result.stats.start, call)
     delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
-    above = gates.to_blocks(grad)
+    upstream = Upstream(grad, result.lse2, delta)
     rounds = Rounds(result.plan, cp, pool)
     rounds.post()
-    dq, row, dpool = tiles_backward(queries, pool, own, above, result.lse2, delta)
+    of_queries, of_pool = tiles.backward(queries, pool, own, upstream)
     going_home: list[tuple[Swap, Route]] = []
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
-        dq_part, row_part, lent = tiles_backward(queries, arrived, route.table, above, result.lse2, delta)
-        dq += dq_part
-        row += row_part
+        of_queries, of_lent = tiles.backward(queries, arrived, route.table, upstream, of_queries)
         for returned in going_home:  # the stage before: it travelled during this one's products
-            take_back(*returned, dpool)
-        going_home = [(rounds.give_back(route, lent), route)]
+            take_back(*returned, of_pool)
+        going_home = [(rounds.give_back(route, of_lent), route)]
     for returned in going_home:
-        take_back(*returned, dpool)
+        take_back(*returned, of_pool)
 
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
-    rows, _, count = queries.start.shape
-    column = dpool.c_in.view(rows, k.shape[2], count, -1, BLOCK).transpose(2, 3).reshape(row.shape)
-    dlog_f = _gate_gradient(row + column, queries.blocks, cp)
-    dk, dv = (x.view(rows, k.shape[2], count, BLOCK, -1) for x in (dpool.k, dpool.v))
-    gradients = (gates.from_blocks(g, length).to(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v)))
+    dlog_f = _gate_gradient(of_queries.row + of_pool.c_in, queries.blocks, cp)
+    gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
     return *gradients, gates.from_blocks(dlog_f, length)
 
 
@@ -145,15 +139,11 @@ def _local(
     base: torch.Tensor,
     start: torch.Tensor,
     call: Call,
-) -> tuple[Queries, Pages, torch.Tensor]:
-    """This rank's queries, its own K/V blocks as a pool, and the table [B, K, N] of that pool."""
-    rows, _, count, _ = c_in.shape
-    total, kv_heads = start.shape[-1], k.shape[2]
-    blocks = _own_blocks(total, call.cp, q.device)
-    queries = Queries(gates.to_blocks(q), c_in, base, start[:, :, blocks], blocks, call.scale)
-    c_pages = c_in.view(rows, kv_heads, -1, count, BLOCK).transpose(2, 3)
-    pool = Pages(gates.to_blocks(k).flatten(0, 2), gates.to_blocks(v).flatten(0, 2), c_pages.flatten(0, 2))
-    return queries, pool, own_table(rows, kv_heads, blocks, total)
+) -> tuple[Queries, Pages, BlockTable]:
+    """This rank's queries, its own K and V as a pool, and the table of that pool."""
+    blocks = _own_blocks(start.shape[-1], call.cp, q.device)
+    queries = Queries(q, c_in, base, start[:, :, blocks], blocks, call.scale)
+    return queries, Pages(k, v, c_in), own_table(len(k), k.shape[2], blocks)
 
 
 def _own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
