@@ -30,6 +30,8 @@ ORDER = [
     "attention.merge",
     "attention.transport",
     "attention.exchange",
+    "attention.kernels.schedule",
+    "attention.kernels",
     "attention.tiles_torch",
     "attention.tiles",
     "attention.shift",
