@@ -1,0 +1,81 @@
+"""What the Gluon kernels for Hopper (sm_90) share: names that differ between Triton versions, tiles in memory, sums.
+
+A program is three warp groups: one warp that brings tiles into shared memory (TMA), and two consumers of 64 rows each
+that multiply them (wgmma). They meet at pairs of barriers, full and empty, one pair a buffer. Triton's interpreter does
+not run Gluon: these kernels are compiled without a GPU in the tests, and run on one.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from foxdist.layout import BLOCK
+
+# Triton 3.9 names first, then those of 3.6.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: one wgmma's
+# Threads: 4 warps for each consumer, 1 for the producer, which needs few registers. The compiler gives the first
+# consumer what is left of the register file at this maximum: 240 too.
+LAUNCH = {"num_warps": 4, "maxnreg": 168}
+CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(240)
+PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def tile_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Tiles [rows, D] of x [B, T, H, D]; rows beyond T are read as 0 and not written."""
+    dim = x.shape[3]
+    layout = gl.NVMMASharedLayout.get_default_for([1, rows, 1, dim], DTYPES[x.dtype])
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, dim], layout)
+
+
+def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
+    """Pieces of `length` of a contiguous float32 tensor, seen as one dimension."""
+    layout = gl.NVMMASharedLayout.get_default_for([length], gl.float32)
+    return TensorDescriptor.from_tensor(x.view(-1), [length], layout)
+
+
+@gluon.jit
+def tile_layout(D: gl.constexpr, dtype: gl.constexpr, rows: gl.constexpr):
+    return gl.NVMMASharedLayout.get_default_for([rows, D], dtype)
+
+
+@gluon.jit
+def page_place(page, pool_heads, pool_blocks):
+    """(row, head, block) of a page of the pool."""
+    return page // (pool_heads * pool_blocks), page // pool_blocks % pool_heads, page % pool_blocks
+
+
+@gluon.jit
+def ones_tile(K: gl.constexpr, dtype: gl.constexpr):
+    """[8, K] ones in shared memory: a product with them sums rows on the tensor cores."""
+    ones = gl.allocate_shared_memory(dtype, [8, K], gl.NVMMASharedLayout(128, 16, 2))
+    ones.store(gl.full([8, K], 1.0, dtype, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
+    return ones
+
+
+@gluon.jit
+def add_row_sums(x, ones, sums):
+    """sums [64, 8] += the row sums of x [64, K], eight times over; asynchronous."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]), 2)
+    return warpgroup_mma(gl.convert_layout(x, layout), ones.permute((1, 0)), sums, is_async=True)
+
+
+@gluon.jit
+def no_sums():
+    return gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+
+
+@gluon.jit
+def barriers(ST: gl.constexpr, arrivals: gl.constexpr):
+    """ST barriers in shared memory, each complete after `arrivals` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(ST):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
