@@ -39,7 +39,7 @@ from foxdist.attention.queries import Queries, QueryGrads
 from foxdist.layout import BLOCK
 
 KV = {64: dict(ST=3, AREG=True, AHEAD=False), 128: dict(ST=2, AREG=False, AHEAD=False)}
-Q = {64: dict(BN=128, ST=2, AREG=False, AHEAD=False), 128: dict(BN=128, ST=2, AREG=False, AHEAD=False)}
+Q = {64: dict(BN=128, ST=3, AREG=True, AHEAD=False), 128: dict(BN=128, ST=2, AREG=False, AHEAD=False)}
 QUERY_TILE = 64  # of `kv`; 128 spilled 500 bytes at D = 64: 58.6 against 40.6 ms (dense, 64k tokens)
 
 
@@ -235,7 +235,7 @@ def _kv_step(
         p = gl.where(key[:, None] <= (query0 + gl.arange(0, BM, layout=column))[None, :], p, 0.0)
     pb = gl.convert_layout(p.to(dtype), a_l)
     if AHEAD:
-        dp = warpgroup_mma_wait(1, deps=(dp_next,))
+        dp, pb = warpgroup_mma_wait(1, deps=(dp_next, pb))
         dv_next = warpgroup_mma(pb, do, dv, is_async=True)
         dl = dl_s.index(st).load(column)
         rounded = (p * (dp - dl[None, :])).to(dtype)
@@ -425,10 +425,12 @@ def _q_producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BN: gl.constexp
         tma_load(do_desc, at, q_full.index(0), do_s.index(c), pred=some)
     page_row = page_ptr + (head // group) * slots
     PARTS: gl.constexpr = 128 // BN
+    page = gl.load(page_row + gl.maximum(last, 0))
     for i in range((last - first + 1) * PARTS):
         st = i % ST
         ph = ((i // ST) & 1) ^ 1
-        b, h, n = page_place(gl.load(page_row + last - i // PARTS), pool_heads, pool_blocks)
+        b, h, n = page_place(page, pool_heads, pool_blocks)
+        page = gl.load(page_row + gl.maximum(last - (i + 1) // PARTS, 0))  # ahead of its use
         t0 = n * 128 + i % PARTS * BN
         mbarrier.wait(k_empty.index(st), ph)
         mbarrier.expect(k_full.index(st), BN * D * 2 + BN * 4)
@@ -463,10 +465,13 @@ def _q_step(
     p = gl.exp2((s * scale - c[None, :]) * LOG2_E + row_term[:, None])
     if MASK:
         p = gl.where(row[:, None] >= (key0 + gl.arange(0, BN, layout=column))[None, :], p, 0.0)
+    # A barrier that has long completed, and p among the wait's operands: without both, the compilers move the
+    # exponentials behind the wait, where no product runs beside them.
+    mbarrier.wait(v_full.index(st), (it // ST) & 1)
     if AHEAD:
-        dp = warpgroup_mma_wait(1, deps=(dp_next,))
+        dp, p = warpgroup_mma_wait(1, deps=(dp_next, p))
     else:
-        dp = warpgroup_mma_wait(0, deps=(dp_next,))
+        dp, p = warpgroup_mma_wait(0, deps=(dp_next, p))
     mbarrier.arrive(v_empty.index(st), count=1)
     rounded = (p * (dp - dl[:, None])).to(k_s.dtype)
     dr_next = add_row_sums(rounded, ones, dr)

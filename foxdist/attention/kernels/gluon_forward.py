@@ -117,10 +117,12 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexpr)
         at = [head // heads, m * 128 + c * ROWS, head % heads, 0]
         tma_load(q_desc, at, q_full.index(0), q_s.index(c), pred=some)
     page_row = page_ptr + (head // group) * slots
+    page = gl.load(page_row + gl.maximum(last, 0))
     for i in range(last - first + 1):
         st = i % ST
         ph = ((i // ST) & 1) ^ 1
-        b, h, n = page_place(gl.load(page_row + last - i), pool_heads, pool_blocks)
+        b, h, n = page_place(page, pool_heads, pool_blocks)
+        page = gl.load(page_row + gl.maximum(last - i - 1, 0))  # ahead of its use
         mbarrier.wait(k_empty.index(st), ph)
         mbarrier.expect(k_full.index(st), 128 * D * 2 + 128 * 4)
         tma_load(k_desc, [b, n * 128, h, 0], k_full.index(st), k_s.index(st))
@@ -164,6 +166,7 @@ def _attend(
     pb = gl.convert_layout(p.to(dtype), p_l)
     acc = gl.zeros([64, D], gl.float32, o_l)
     base = gl.load(slot_base_ptr + gl.maximum(last - 1, 0))
+    mbarrier.wait(v_full.index(0), 0)
     for i in range(1, last - first + 1):
         st = i % ST
         before = (i - 1) % ST
@@ -173,28 +176,31 @@ def _attend(
         s_next = warpgroup_mma(
             q, k_s.index(st).permute((1, 0)), gl.zeros([64, 128], gl.float32, s_l), use_acc=False, is_async=True
         )
-        mbarrier.wait(v_full.index(before), ((i - 1) // ST) & 1)
         acc_next = warpgroup_mma(pb, v_s.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s_next,))
         mbarrier.arrive(k_empty.index(st), count=1)
         x = s * scale - c_s.index(i % (2 * ST)).load(column)[None, :]
+        # The new weights come before a barrier and are among the wait's operands: without both, the compilers move the
+        # exponentials behind the wait, where no product runs beside them.
         if FIXED:
             p = gl.exp2(x * LOG2_E + ((shift - top) * LOG2_E)[:, None])
             total = total + gl.sum(p, 1)
-            acc, pb = warpgroup_mma_wait(0, deps=(acc_next, pb))
-            mbarrier.arrive(v_empty.index(before), count=1)
+            pb_next = gl.convert_layout(p.to(dtype), p_l)
+            mbarrier.wait(v_full.index(st), (i // ST) & 1)
+            acc, pb, pb_next = warpgroup_mma_wait(0, deps=(acc_next, pb, pb_next))
         else:
             higher = gl.maximum(top, gl.max(x, 1) + shift)
             decay = gl.exp2((top - higher) * LOG2_E)
             p = gl.exp2(x * LOG2_E + ((shift - higher) * LOG2_E)[:, None])
             total = total * decay + gl.sum(p, 1)
             top = higher
-            acc, pb = warpgroup_mma_wait(0, deps=(acc_next, pb))
-            mbarrier.arrive(v_empty.index(before), count=1)
+            pb_next = gl.convert_layout(p.to(dtype), p_l)
+            mbarrier.wait(v_full.index(st), (i // ST) & 1)
+            acc, pb, pb_next = warpgroup_mma_wait(0, deps=(acc_next, pb, pb_next))
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_l))[:, None]
-        pb = gl.convert_layout(p.to(dtype), p_l)
+        mbarrier.arrive(v_empty.index(before), count=1)
+        pb = pb_next
     last_i = last - first
-    mbarrier.wait(v_full.index(last_i % ST), (last_i // ST) & 1)
     acc = warpgroup_mma(pb, v_s.index(last_i % ST), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     return acc, top, total
