@@ -123,6 +123,14 @@ def test_boundary_of_many_blocks(piece, monkeypatch):
     assert result[1].diff(dim=-1).ge(0).all()
 
 
+def test_a_tile_at_the_threshold_is_kept():
+    """One key, U = 0, totals of -1: all sums are exact, and the tile ten blocks back has a decay of -10 = log eps."""
+    table = torch.full((1, 2, 40, 2), -1.0, device=DEVICE)
+    (_, start, _), expected = found(table, Acp(log_eps=-10.0), 0.0, 1)
+    same(start, expected[1])
+    assert start[0, 0].tolist() == [max(0, m - 10) for m in range(40)]
+
+
 def test_reset_starts_over():
     log_f = log_gates("open", 1500, 2, 0)
     log_f[:, 512] = definition.RESET
