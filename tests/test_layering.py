@@ -30,8 +30,10 @@ ORDER = [
     "attention.merge",
     "attention.transport",
     "attention.exchange",
+    "attention.kernels.gates",
     "attention.kernels.schedule",
     "attention.kernels",
+    "attention.boundary",
     "attention.tiles_torch",
     "attention.tiles",
     "attention.shift",
@@ -69,6 +71,7 @@ ORDER = [
 FORBIDDEN = {
     "attention.gates": {"torch.distributed"},
     "attention.acp": {"torch.distributed"},
+    "attention.boundary": {"torch.distributed"},
     "attention.plan": {"torch", "torch.distributed"},
     "attention.exchange": {"torch.distributed"},
     "attention.tiles_torch": {"torch.distributed", "foxdist.attention.plan", "foxdist.attention.transport"},

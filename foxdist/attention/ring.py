@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from foxdist.attention import gates, tiles
-from foxdist.attention.acp import Acp, largest_norms, measured_bound, start_blocks
+from foxdist.attention import boundary, gates, tiles
+from foxdist.attention.acp import Acp, largest_norms, measured_bound
 from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
@@ -84,12 +84,10 @@ def _as_written(like: torch.Tensor) -> torch.autocast:
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call) -> Result:
     length, cp = q.shape[1], call.cp
-    c_in = gates.block_sums(log_f)
-    table = _whole(gates.block_table(c_in), cp)
-    base = gates.bases(table)
     keys = length * (cp.size if cp else 1)
-    start = start_blocks(base, table[..., 1], call.acp, _logit_bound(q, k, call), keys)
-
+    c_in, base, start, _ = boundary.find_boundary(
+        log_f, call.acp, _logit_bound(q, k, call), keys, q.dtype, lambda x: _whole(x, cp), call.backend
+    )
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     plan = _plan(start, k.shape[2], cp)
     rounds = Rounds(plan, cp, pool)
@@ -126,9 +124,11 @@ def _backward(
         take_back(*returned, of_pool)
 
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
-    dlog_f = _gate_gradient(of_queries.row + of_pool.c_in, queries.blocks, cp)
+    dlog_f = boundary.gate_gradient(
+        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp), call.backend
+    )
     gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
-    return *gradients, gates.from_blocks(dlog_f, length)
+    return *gradients, dlog_f
 
 
 def _local(
@@ -161,12 +161,11 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
     return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
 
 
-def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
-    """U, float64, broadcastable to [B, H]: as given, or measured over all ranks."""
-    if call.acp is None:
-        return torch.zeros((), dtype=torch.float64, device=q.device)
-    if call.acp.logit_bound is not None:
-        return torch.as_tensor(call.acp.logit_bound, dtype=torch.float64, device=q.device)
+def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float:
+    """U, a number or float64 and broadcastable to [B, H]: as given, or measured over all ranks."""
+    given = call.acp.logit_bound if call.acp else 0.0
+    if given is not None:
+        return given.to(q.device, torch.float64) if isinstance(given, torch.Tensor) else given
     norms = largest_norms(q, k)
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 
@@ -179,13 +178,6 @@ def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Pla
     chunk = blocks // chunk_count(cp.size, cp.layout)
     first = start[:, :, ::chunk].view(rows, kv_heads, -1, blocks // chunk).amin(2)
     return make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
-
-
-def _gate_gradient(dc: torch.Tensor, blocks: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
-    """dlog f [B, H, n, BLOCK] from dc of this rank's blocks: the suffix sum over the whole sequence."""
-    sums = _whole(dc.double().sum(-1), cp)  # [B, H, N]
-    later = sums.flip(-1).cumsum(-1).flip(-1) - sums
-    return gates.gate_gradient(dc, later[:, :, blocks])
 
 
 def _stats(
