@@ -91,9 +91,9 @@ def _ranges(
         real = place < count
         held_ptr = block_ptr + head // group * slots
         start = tl.load(start_ptr + head * count + place, mask=real, other=0)
-        block = tl.load(blocks_ptr + place, mask=real, other=0)
+        block = tl.load(blocks_ptr + place, mask=real, other=0).to(tl.int32)
         first = _count_below(held_ptr, slots, start, steps, LANES, False)
-        last = _count_below(held_ptr, slots, block.to(tl.int32), steps, LANES, True) - 1
+        last = _count_below(held_ptr, slots, block, steps, LANES, True) - 1
         tl.store(by_query_ptr + head * count + place, first, mask=real)
         tl.store(by_query_ptr + (heads + head) * count + place, last, mask=real)
         base = tl.load(base_ptr + head.to(tl.int64) * (total + 1) + block, mask=real, other=0.0)
@@ -136,8 +136,9 @@ def _order(cost_ptr, order_ptr, taken_ptr, heads, kv_heads, pieces, HEADS: tl.co
         other = other_begin + tl.arange(0, HEADS)
         there = other < size
         theirs = _cost(cost_ptr, begin, other, there, pieces, HEADS)
-        before = (theirs[None, :] > cost[:, None]) | ((theirs[None, :] == cost[:, None]) & (other[None, :] < head[:, None]))
-        place += tl.sum((before & there[None, :]).to(tl.int32), 1)
+        more = theirs[None, :] > cost[:, None]
+        earlier = (theirs[None, :] == cost[:, None]) & (other[None, :] < head[:, None])
+        place += tl.sum(((more | earlier) & there[None, :]).to(tl.int32), 1)
     tl.store(order_ptr + begin + place, head, mask=real)
 
 
