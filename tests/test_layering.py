@@ -60,7 +60,13 @@ ORDER = [
     "check",
     "train",
     "report",
+    "bench.gates",
+    "bench.implementations",
+    "bench.peers",
+    "bench.measure",
+    "bench.report",
     "bench.attention",
+    "bench.record",
     "bench.__main__",
     "bench",
 ]
