@@ -67,6 +67,7 @@ ORDER = [
     "bench.report",
     "bench.attention",
     "bench.record",
+    "bench.tune",
     "bench.__main__",
     "bench",
 ]

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from foxdist.bench import attention, record
+from foxdist.bench import attention, record, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     for module, name, text in (
         (attention, "attention", "time, memory and errors of attention against other implementations"),
         (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
+        (tune, "tune", "times tile sizes of the kernels on a new GPU and prints their table"),
     ):
         command = commands.add_parser(name, help=text)
         module.add_options(command)

@@ -16,11 +16,10 @@ from foxdist.bench import gates as gate_kinds
 from foxdist.bench import peers, report
 from foxdist.bench.gates import Gates
 from foxdist.bench.implementations import Implementation, defaults, registry
-from foxdist.bench.measure import CHECKED, Case, Checker, Shape, limits, matmul_ceiling, measure
+from foxdist.bench.measure import CHECKED, DTYPES, Case, Checker, Shape, limits, matmul_ceiling, measure
 from foxdist.layout import BLOCK
 from foxdist.options import positive
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {"cuda": "16x64,8x128", "cpu": "4x64"}
 LENGTHS = {"cuda": [4096, 16384, 65536], "cpu": [4096, 8192, 16384, 32768, 65536]}
 REPEATS = {"cuda": 5, "cpu": 3}

@@ -22,6 +22,7 @@ BACKWARD = 2.5
 CHECKED = (2048, 1931)  # tokens: whole blocks, and blocks with a rest
 SECONDS = 0.2  # of timed calls for each set of inputs on a GPU
 L2_BYTES = 256 << 20  # more than any GPU's L2 cache holds
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATMUL = {"cuda": 8192, "cpu": 1024}
 
 
