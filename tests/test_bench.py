@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -68,8 +69,8 @@ def trained(ranks, tmp_path_factory):
     """A run folder and its data: two steps on two ranks with sharded parameters."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_data(folder / "data", documents=20)
-    values = tree(data, folder / "run", parallel__zero=3, parallel__cp=2, train__steps=2, optim__warmup_tokens=0)
-    ranks(2, go, values)
+    changes = {"parallel__zero": 3, "parallel__cp": 2, "train__steps": 2, "checkpoint__every": 1}
+    ranks(2, go, tree(data, folder / "run", optim__warmup_tokens=0, **changes))
     return folder / "run", data
 
 
@@ -345,6 +346,20 @@ def test_recorded_gates_are_those_of_the_weights(trained, tmp_path):
     gate = x @ w["blocks.0.attention.forget_gate.weight"].T + w["blocks.0.attention.forget_gate.bias"]
     expected = torch.nn.functional.logsigmoid(gate).masked_fill(batch.starts[0, :, None], RESET)
     torch.testing.assert_close(load_file(file)["log_f"][0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_come_from_the_newest_good_checkpoint(trained, tmp_path):
+    """A damaged one is passed over and left where it is; a half-written one, too."""
+    root = run_folder.checkpoints(shutil.copytree(trained[0], tmp_path / "run"))
+    (root / "step_00000003.unfinished").mkdir()
+    victim = next((root / "step_00000002").glob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    before = sorted(root.rglob("*"))
+    assert checkpoint.weights(root)[0] == 1
+    assert sorted(root.rglob("*")) == before
+    (root / "step_00000001" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(ValueError, match="holds no good checkpoint"):
+        checkpoint.weights(root)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_the_fastest_that_runs_is_printed_for_each_kernel(table, monkeypatch, ca
 
 def test_if_nothing_runs_it_says_why(table, monkeypatch):
     monkeypatch.setattr(tune, "attempt", lambda *a: Timing(None, "over 5 s"))
-    with pytest.raises(ValueError, match="no tile ran.*over 5 s"):
+    with pytest.raises(ValueError, match=r"no tile ran.*over 5 s"):
         tune.search(64, CHOSEN)
 
 

@@ -74,8 +74,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.axhline(result["matmul(TFLOP/s)"], color="black", linestyle=":", label="matmul")
             axes.set(xscale="log", yscale="log", title=f"{shape}, {direction}", xlabel="tokens")
             ticks = sorted({row["tokens"] for row in rows})
-            axes.set_xticks(ticks, [f"{t:,}" for t in ticks], minor=False)
-            axes.minorticks_off()
+            axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
+            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
     for axes in grid[:, 0]:
@@ -83,6 +83,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     grid[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _number(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _head(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -95,11 +100,12 @@ def _cells(row: dict[str, Any], ceiling: float) -> tuple[str, ...]:
         return (*head, *["-"] * (len(COLUMNS) - len(head) - 1), row["failed"])
 
     def time(name: str) -> str:
-        return f"{row[f'{name}(ms)']:.3g} ({row[f'{name}_least(ms)']:.3g}..{row[f'{name}_greatest(ms)']:.3g})"
+        median, least, greatest = (_number(row[f"{name}{which}(ms)"]) for which in ("", "_least", "_greatest"))
+        return f"{median} ({least}..{greatest})"
 
-    def rate(kind: str, scale: float, digits: str) -> str:
+    def rate(kind: str, scale: float = 1.0) -> str:
         both = (row[f"{name}_{kind}(TFLOP/s)"] * scale for name in ("forward", "forward+backward"))
-        return " / ".join(f"{x:{digits}}" for x in both)
+        return " / ".join(map(_number, both))
 
     memory = row["peak_memory(MiB)"]
     return (
@@ -107,9 +113,9 @@ def _cells(row: dict[str, Any], ceiling: float) -> tuple[str, ...]:
         f"{row['tiles_kept(%)']:.1f} %",
         time("forward"),
         time("forward+backward"),
-        rate("dense", 1, ".3g"),
-        rate("kept", 1, ".3g"),
-        rate("kept", 100 / ceiling, ".0f") + " %",
+        rate("dense"),
+        rate("kept"),
+        rate("kept", 100 / ceiling) + " %",
         "-" if memory is None else f"{memory:,.0f}",
     )
 
