@@ -18,6 +18,10 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; the weights are still those of the step before."""
 
 
+def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
 class Guard:
     """Watches a model from now on. `check` once a step, after the last backward and before the update."""
 
@@ -31,7 +35,7 @@ class Guard:
         self.names = [name for name, _ in parts]
         self.flags = torch.zeros(2, len(parts), device=device)  # forward, backward: NaN once something was not finite
         for i, (_, modules) in enumerate(parts):
-            modules[-1].register_forward_hook(lambda _module, _inputs, out, i=i: self._note(0, i, out))
+            modules[-1].register_forward_hook(lambda _module, _inputs, out, i=i: self._note(0, i, _first(out)))
             for parameter in (p for module in modules for p in module.parameters()):
                 parameter.register_hook(lambda grad, i=i: self._note(1, i, grad))
 
