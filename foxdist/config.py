@@ -137,6 +137,8 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     activation_checkpointing: bool = False
     """Recompute each block in backward; attention outputs and plans are kept, not computed or sent again."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: a minute or more at the start, then fewer and larger kernels."""
 
 
 class Checkpoint(Section):

@@ -34,9 +34,7 @@ def owner_of(chunk: int, size: int, layout: str) -> int:
     return chunk if layout == "contiguous" or chunk < size else 2 * size - 1 - chunk
 
 
-def blocks_of(
-    rank: int, size: int, blocks: int, layout: str, device: torch.device | None = None
-) -> torch.Tensor:
+def blocks_of(rank: int, size: int, blocks: int, layout: str, device: torch.device | None = None) -> torch.Tensor:
     """Global indices [n] (int64) of the blocks that `rank` owns of `blocks` in the sequence, in layout order."""
     return _indices(rank, size, blocks, layout, device)
 

@@ -86,6 +86,7 @@ class FoX(nn.Module):
         where = self._positions(tokens) if self.config.rope else None
         x = self.embedding(tokens)
         for block in self.blocks:
+            assert isinstance(block, Block)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, kept_by_head, counts = checkpoint(
                     block,

@@ -2,11 +2,14 @@
 
 Arguments and results of an operator are tensors and plain values, and its results share no memory. So all that backward
 and the statistics need is an output: of the plan its `need`, on the host, from which the rest is made again.
+
+Registered with `Library`, not `custom_op`, whose own layers of Python double the time that a call takes on the host.
 """
 
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from foxdist.attention import ring
 from foxdist.attention.acp import Acp
@@ -16,10 +19,23 @@ from foxdist.attention.stats import COUNTS
 from foxdist.attention.transport import ContextParallel, context_parallel
 from foxdist.layout import BLOCK, chunk_count
 
-Outputs = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]  # out, lse2, c_in, base, start as in `ring.Result`; need as in `Plan`, or [0]; counts as in stats.py
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # of q, k, v, log_f
+Outputs = tuple[torch.Tensor, ...]
+
+_library = torch.library.Library("foxdist", "FRAGMENT")
+# out, lse2, c_in, base, start are those of `ring.Result`, need is that of `Plan` or [0], counts those of stats.py.
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor? bound_by_head, float? bound_number, float? log_eps, "
+    "str bound, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, Tensor base, Tensor start, "
+    "Tensor need, Tensor counts)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor c_in, Tensor base, "
+    "Tensor start, Tensor need, float scale, str backend, str cp) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_attention = torch.ops.foxdist.attention.default
+_attention_backward = torch.ops.foxdist.attention_backward.default
 
 
 def attention(
@@ -36,7 +52,7 @@ def attention(
     """(out, start, counts), of which out is differentiable. Arguments are checked already; `cp` has several ranks."""
     given = acp.logit_bound if acp else None
     by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
-    out, _, _, _, start, _, counts = torch.ops.foxdist.attention.default(
+    out, _, _, _, start, _, counts = _attention(
         q,
         k,
         v,
@@ -52,8 +68,7 @@ def attention(
     return out, start, counts
 
 
-@torch.library.custom_op("foxdist::attention", mutates_args=())
-def _attention(
+def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -76,16 +91,14 @@ def _attention(
         result, counts = ring.forward(q, k, v, log_f, call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
         return tuple(
-            x.contiguous()
-            for x in (result.out, result.lse2, result.c_in, result.base, result.start, need, counts)
+            x.contiguous() for x in (result.out, result.lse2, result.c_in, result.base, result.start, need, counts)
         )
 
     with _as_written(q):
-        return remember(compute)  # type: ignore[return-value]
+        return remember(compute)
 
 
-@_attention.register_fake
-def _(
+def _fake_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -117,7 +130,6 @@ def _(
     )
 
 
-@torch.library.custom_op("foxdist::attention_backward", mutates_args=())
 def _backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -132,47 +144,49 @@ def _backward(
     scale: float,
     backend: str,
     cp: str,
-) -> Gradients:
+) -> Outputs:
     spread = context_parallel(cp)
     plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread else None
     result = ring.Result(out, lse2, c_in, base, start, plan)
     with _as_written(q):
         gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend))
-    return tuple(x.contiguous() for x in gradients)  # type: ignore[return-value]
+    return tuple(x.contiguous() for x in gradients)
 
 
-@_backward.register_fake
-def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Gradients:
+def _fake_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
     dlog_f = q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog_f
 
 
-def _keep(ctx: Any, inputs: tuple, output: Outputs) -> None:
-    q, k, v, *_, ctx.scale, ctx.backend, ctx.cp = inputs
-    out, *rest, counts = output
-    ctx.mark_non_differentiable(*rest, counts)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, *rest)
+class _Attention(torch.autograd.Function):
+    """The operator's derivative."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *rest, counts = outputs = _attention(*inputs)
+        q, k, v, *_, ctx.scale, ctx.backend, ctx.cp = inputs
+        ctx.save_for_backward(q, k, v, out, *rest)
+        ctx.mark_non_differentiable(*rest, counts)
+        ctx.set_materialize_grads(False)  # of what is not differentiable, too
+        return outputs
 
-def _gradients(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 11
-    found = torch.ops.foxdist.attention_backward.default(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
-    return *found, *(None,) * 7
-
-
-def _no_second(ctx: Any, *grads: torch.Tensor | None) -> None:
-    raise RuntimeError(
-        "forgetting_attention: has no second derivatives; differentiate its output once; use "
-        "naive_forgetting_attention where you need more"
-    )
-
-
-_attention.register_autograd(_gradients, setup_context=_keep)
-_backward.register_autograd(_no_second)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
+        gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
+        return *gradients, *(None,) * 7
 
 
 def _as_written(like: torch.Tensor) -> torch.autocast:
     """Every product in the dtype it is written in: inside a caller's autocast it would be rounded to bf16."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+_library.impl("attention", _Attention.apply, "Autograd")
+_library.impl("attention", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("foxdist::attention", _fake_forward, lib=_library)
+torch.library.register_fake("foxdist::attention_backward", _fake_backward, lib=_library)

@@ -47,19 +47,14 @@ def _hand_over(rows: torch.Tensor, cp: ContextParallel | None, step: int) -> tor
     return torch.zeros_like(rows) if cp is None else torch.ops.foxdist.hand_over.default(rows, step, cp.key)
 
 
-@torch.library.custom_op("foxdist::hand_over", mutates_args=())
-def _exchange(rows: torch.Tensor, step: int, cp: str) -> torch.Tensor:
-    spread = context_parallel(cp)
-    assert spread is not None
-    return remember(lambda: (_swap(rows, spread, step),))[0]
+def _operator(rows: torch.Tensor, step: int, key: str) -> torch.Tensor:
+    cp = context_parallel(key)
+    assert cp is not None
+    (arrived,) = remember(lambda: (_exchange(rows, cp, step),))
+    return arrived
 
 
-@_exchange.register_fake
-def _(rows: torch.Tensor, step: int, cp: str) -> torch.Tensor:
-    return rows.new_empty(rows.shape)
-
-
-def _swap(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tensor:
+def _exchange(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tensor:
     rank, size, layout = cp.rank, cp.size, cp.layout
     own, count = chunks_of(rank, size, layout), chunk_count(size, layout)
     # Both sides list a pair's chunks in ascending order of the sender's chunk.
@@ -75,3 +70,10 @@ def _swap(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tensor:
     arrived = rows.new_zeros(rows.shape)
     arrived[:, [i for _, i in incoming]] = swap.wait().movedim(0, 1)
     return arrived
+
+
+# As in operators.py. Its derivative is that of `previous_token`, the only caller.
+_library = torch.library.Library("foxdist", "FRAGMENT")
+_library.define("hand_over(Tensor rows, int step, str cp) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("hand_over", _operator, "CompositeExplicitAutograd")
+torch.library.register_fake("foxdist::hand_over", lambda rows, step, cp: rows.new_empty(rows.shape), lib=_library)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from foxdist.attention.plan import SCHEDULES, Schedule
 from foxdist.layout import LAYOUTS, Layout
 
-
 _known: dict[str, "ContextParallel"] = {}
 
 
