@@ -38,6 +38,7 @@ ORDER = [
     "attention.tiles",
     "attention.shift",
     "attention.ring",
+    "attention.operators",
     "attention.interface",
     "attention",
     "loss",

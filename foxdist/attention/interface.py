@@ -1,9 +1,10 @@
-"""The public attention function: checks its arguments, chooses the tile implementation, calls the autograd function."""
+"""The public attention function: checks its arguments, chooses the tile implementation, calls the operator."""
 
 import torch
 
 from foxdist.attention.acp import Acp
-from foxdist.attention.ring import Call, RingAttention
+from foxdist.attention.operators import attention
+from foxdist.attention.ring import own_blocks
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.transport import ContextParallel
 from foxdist.layout import BLOCK, chunk_count
@@ -51,8 +52,10 @@ def forgetting_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cp = cp if cp is not None and cp.size > 1 else None
-    out, stats = RingAttention.apply(q, k, v, log_f, Call(scale, acp, cp, "torch"))
-    return (out, stats) if return_stats else out
+    out, start, counts = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend="torch")
+    if not return_stats:
+        return out
+    return out, AttentionStats(start, own_blocks(start.shape[-1], cp, start.device), counts, "torch")
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:
@@ -80,8 +83,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tenso
             f"log_f: {log_f.dtype} {list(log_f.shape)} on {log_f.device}; must be torch.float32 [{B}, {T}, {H}] on "
             f"{q.device}; compute the log of the gate in float32, one for each query head"
         )
-    if not log_f.is_cuda and bool((log_f > 0).any()):
-        raise ValueError("log_f: holds positive values; must be <= 0; use logsigmoid")
     if cp is not None and cp.size > 1:
         own = chunk_count(cp.size, cp.layout) // cp.size
         if T % (own * BLOCK):

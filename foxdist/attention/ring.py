@@ -1,4 +1,4 @@
-"""Forgetting attention over the ranks of a group: the one autograd function, its forward and its backward.
+"""Forgetting attention over the ranks of a group: its forward and its backward, which operators.py gives to autograd.
 
 Forward, on every rank:
 
@@ -14,11 +14,9 @@ gradient is a suffix sum over the sequence: per-block sums are gathered, as in t
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from foxdist.attention import boundary, gates, tiles
 from foxdist.attention.acp import Acp, largest_norms, measured_bound
@@ -26,8 +24,7 @@ from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
 from foxdist.attention.queries import Queries, Upstream
-from foxdist.attention.replay import remember
-from foxdist.attention.stats import AttentionStats, Traffic
+from foxdist.attention.stats import Traffic, counts_of
 from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
 from foxdist.layout import blocks_of, chunk_count, unshard
 
@@ -50,39 +47,14 @@ class Result:
     lse2: torch.Tensor  # [B, H, n, BLOCK] float32, base-2 log
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64
+    start: torch.Tensor  # [B, H, N] int32
     plan: Plan | None
-    stats: AttentionStats
 
 
-class RingAttention(torch.autograd.Function):
-    """(q, k, v, log_f, call) -> (out, stats)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, AttentionStats]:
-        with _as_written(q):
-            result = remember(lambda: _forward(q, k, v, log_f, call))
-        ctx.call, ctx.base, ctx.plan, ctx.stats = call, result.base, result.plan, result.stats
-        ctx.save_for_backward(q, k, v, result.out, result.lse2, result.c_in)
-        # A fresh alias: `remember` may hold the result, which must not hold this node's graph.
-        return result.out.detach(), result.stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse2, c_in = ctx.saved_tensors
-        result = Result(out, lse2, c_in, ctx.base, ctx.plan, ctx.stats)
-        with _as_written(q):
-            return *_backward(q, k, v, result, grad, ctx.call), None
-
-
-def _as_written(like: torch.Tensor) -> torch.autocast:
-    """Every product in the dtype it is written in: inside a caller's autocast it would be rounded to bf16."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call) -> Result:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
+) -> tuple[Result, torch.Tensor]:
+    """Attention of this rank's queries, and the call's `counts` (see stats.py)."""
     length, cp = q.shape[1], call.cp
     keys = length * (cp.size if cp else 1)
     c_in, base, start, _ = boundary.find_boundary(
@@ -98,15 +70,16 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Ten
         rounds.post()
         partial = tiles.forward(queries, arrived, route.table, partial)
 
-    stats = _stats(start, pool, plan, cp, rounds.swaps, call.backend)
-    return Result(partial.out.to(q.dtype), partial.lse2, c_in, base, plan, stats)
+    result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, plan)
+    return result, _counts(start, pool, plan, cp, rounds.swaps)
 
 
-def _backward(
+def backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, result: Result, grad: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v and log_f, in the dtype of each."""
     length, cp = q.shape[1], call.cp
-    queries, pool, own = _local(q, k, v, result.c_in, result.base, result.stats.start, call)
+    queries, pool, own = _local(q, k, v, result.c_in, result.base, result.start, call)
     delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
     upstream = Upstream(grad, result.lse2, delta)
     rounds = Rounds(result.plan, cp, pool)
@@ -141,18 +114,21 @@ def _local(
     call: Call,
 ) -> tuple[Queries, Pages, BlockTable]:
     """This rank's queries, its own K and V as a pool, and the table of that pool."""
-    blocks = _own_blocks(start.shape[-1], call.cp, q.device)
+    blocks = own_blocks(start.shape[-1], call.cp, q.device)
     queries = Queries(q, c_in, base, start[:, :, blocks], blocks, call.scale)
     return queries, Pages(k, v, c_in), own_table(len(k), k.shape[2], blocks)
 
 
-def _own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
+def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
     """[n] int64: the blocks of the sequence, of `total`, that this rank owns."""
-    return _blocks_on(device, *((cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")))
+    where = (cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")
+    if torch.compiler.is_compiling():  # which would warn that it sees through the cache, and make them in its graph
+        return blocks_of(*where, device)
+    return _blocks_on(*where, device)
 
 
 @lru_cache(maxsize=64)
-def _blocks_on(device: torch.device, rank: int, size: int, total: int, layout: str) -> torch.Tensor:
+def _blocks_on(rank: int, size: int, total: int, layout: str, device: torch.device) -> torch.Tensor:
     return blocks_of(rank, size, total, layout).to(device)
 
 
@@ -180,18 +156,13 @@ def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Pla
     return make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
 
 
-def _stats(
-    start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap], backend: str
-) -> AttentionStats:
+def _counts(
+    start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap]
+) -> torch.Tensor:
     rows, _, total = start.shape
-    on_host = _own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
-    return AttentionStats(
-        start=start,
-        blocks=_own_blocks(total, cp, start.device),
-        causal_by_head=rows * int((on_host + 1).sum()),
-        backend=backend,
-        traffic=_traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic(),
-    )
+    on_host = own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
+    traffic = _traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic()
+    return counts_of(rows * int((on_host + 1).sum()), rows * len(on_host), traffic)
 
 
 def _traffic(plan: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:
