@@ -1,6 +1,13 @@
 """Shared fixtures: ranks to run on, and poisoned memory."""
 
+import os
+
 import pytest
+import torch
+
+# Before anything imports triton: without a GPU, its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from ranks import Ranks, poison_memory
 

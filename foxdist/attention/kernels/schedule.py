@@ -4,7 +4,7 @@ Query blocks and slots are ascending in the sequence, and `start` never decrease
 bisections for each. Kernels then know positions only; how a pool is laid out, and whose it is, does not reach them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def make_schedule(queries: Queries, table: BlockTable) -> Schedule:
     """The schedule of `queries` over the pool of `table`."""
     rows, heads, count = queries.start.shape
     kv_heads, slots = table.block.shape[1:]
-    like = {"device": queries.q.device, "dtype": torch.int32}
+    like: dict[str, Any] = {"device": queries.q.device, "dtype": torch.int32}
     by_query = torch.empty(2, rows, heads, count, **like)
     by_slot = torch.empty(2, rows, heads, slots, **like)
     query_base = torch.empty(rows, heads, count, device=queries.q.device, dtype=torch.float64)
@@ -53,7 +53,8 @@ def make_schedule(queries: Queries, table: BlockTable) -> Schedule:
         start, blocks, block, queries.base, by_slot, slot_base, slot_key,
         rows * kv_heads, heads // kv_heads, count, slots, total, count.bit_length(), LANES, STEPS,
     )  # fmt: skip
-    return Schedule(*by_query, *by_slot, query_base, slot_base, query_key.sort().values, slot_key.sort().values)
+    orders = query_key.sort().values, slot_key.sort().values
+    return Schedule(by_query[0], by_query[1], by_slot[0], by_slot[1], query_base, slot_base, *orders)
 
 
 @triton.jit
