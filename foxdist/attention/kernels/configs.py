@@ -46,7 +46,7 @@ HOPPER = {
         # 3.73 (running maximum), 3.51 (fixed); s3 4.58, 128x64 w8 s3 4.34, 64x64 w4 s2 4.18, 128x128 w8 s3 5.22
         forward=Tile(64, 128, 4, 2, maxnreg=168),  # 168: three programs on an SM
         # 5.96 (524); vectors by pointers 6.52, no cap 6.91, 64x128 w8 s2 9.46
-        backward_kv=Tile(64, 64, 4, 3, maxnreg=168, vectors=True),
+        backward_kv=Tile(64, 64, 4, 2, maxnreg=168),
         # 4.70 (499); s3 6.55, 64x128 w4 s2 4.86, 64x64 w4 s2 5.05, 128x128 w8 s2 6.04
         backward_q=Tile(128, 64, 8, 2, maxnreg=128),
     ),

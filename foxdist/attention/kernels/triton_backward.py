@@ -213,10 +213,8 @@ def _meet_queries(
     grad = load_tile(grad_tiles, row, head, tile * ROWS, ROWS, DIM)
     if VECTORS:
         term = rowterm.load([head_blocks + tile // TILES, begin]).reshape(ROWS)
-        above = delta.load([head_blocks + tile // TILES, begin]).reshape(ROWS)
     else:
         term = tl.load(rowterm + offset + lanes)
-        above = tl.load(delta + offset + lanes)
     x = product(k, q.T) * (scale * LOG2_E)
     if EXACT:
         c_row = tl.load(c_query_ptr + offset + lanes)
@@ -227,7 +225,12 @@ def _meet_queries(
         x = tl.where((begin + lanes)[None, :] >= in_block[:, None], x, float("-inf"))
     p = tl.exp2(x)
     dv = product(p.to(grad.dtype), grad, dv)
-    ds = p * (product(v, grad.T) - above[None, :])
+    dp = product(v, grad.T)
+    if VECTORS:  # late: registers of the tiles in flight are free again
+        above = delta.load([head_blocks + tile // TILES, begin]).reshape(ROWS)
+    else:
+        above = tl.load(delta + offset + lanes)
+    ds = p * (dp - above[None, :])
     if DIAGONAL:
         ds = tl.where(p > (ALONE_EXACT if EXACT else ALONE), 0.0, ds)
     column += tl.sum(ds, 1)
