@@ -56,7 +56,7 @@ class Model(Section):
     norm_eps: float = Field(1e-6, gt=0)
     qk_norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
-    backend: Literal["auto", "torch"] = "auto"
+    backend: Literal["auto", "gluon", "triton", "torch"] = "auto"
     """Tile implementation of attention."""
 
     @property

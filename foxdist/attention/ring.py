@@ -18,12 +18,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from foxdist.attention import boundary, gates, tiles
+from foxdist.attention import boundary, tiles
 from foxdist.attention.acp import Acp, largest_norms, measured_bound
 from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
-from foxdist.attention.queries import Queries, Upstream
+from foxdist.attention.queries import Queries
 from foxdist.attention.stats import Traffic, counts_of
 from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
 from foxdist.layout import blocks_of, chunk_count, unshard
@@ -57,18 +57,19 @@ def forward(
     """Attention of this rank's queries, and the call's `counts` (see stats.py)."""
     length, cp = q.shape[1], call.cp
     keys = length * (cp.size if cp else 1)
-    c_in, base, start, _ = boundary.find_boundary(
+    c_in, base, start, bounded = boundary.find_boundary(
         log_f, call.acp, _logit_bound(q, k, call), keys, q.dtype, lambda x: _whole(x, cp), call.backend
     )
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     plan = _plan(start, k.shape[2], cp)
     rounds = Rounds(plan, cp, pool)
     rounds.post()
-    partial = tiles.forward(queries, pool, own)
+    several = rounds.posted is not None
+    partial = tiles.forward(call.backend, queries, pool, own, bounded, None, partial=several)
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
-        partial = tiles.forward(queries, arrived, route.table, partial)
+        partial = tiles.forward(call.backend, queries, arrived, route.table, bounded, partial, partial=True)
 
     result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, plan)
     return result, _counts(start, pool, plan, cp, rounds.swaps)
@@ -80,16 +81,18 @@ def backward(
     """Gradients of q, k, v and log_f, in the dtype of each."""
     length, cp = q.shape[1], call.cp
     queries, pool, own = _local(q, k, v, result.c_in, result.base, result.start, call)
-    delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
-    upstream = Upstream(grad, result.lse2, delta)
+    prepared = tiles.prepare(call.backend, result.out, grad, result.c_in, result.lse2)
     rounds = Rounds(result.plan, cp, pool)
     rounds.post()
-    of_queries, of_pool = tiles.backward(queries, pool, own, upstream)
+    several = rounds.posted is not None  # of which this rank may lend and not borrow: its own sums go on, too
+    of_queries, of_pool = tiles.backward(call.backend, queries, pool, own, prepared, None, partial=several)
     going_home: list[tuple[Swap, Route]] = []
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
-        of_queries, of_lent = tiles.backward(queries, arrived, route.table, upstream, of_queries)
+        of_queries, of_lent = tiles.backward(
+            call.backend, queries, arrived, route.table, prepared, of_queries, partial=True
+        )
         for returned in going_home:  # the stage before: it travelled during this one's products
             take_back(*returned, of_pool)
         going_home = [(rounds.give_back(route, of_lent), route)]

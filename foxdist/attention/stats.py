@@ -55,6 +55,8 @@ class AttentionStats:
     """[COUNTS] int64 on the host, see `counts_of`."""
     backend: str
     """The tile implementation that ran."""
+    reason: str = ""
+    """Why none of the faster ones did, if the choice was free."""
 
     @property
     def causal_by_head(self) -> int:

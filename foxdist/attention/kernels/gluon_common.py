@@ -19,6 +19,8 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+# A weight this close to 1 belongs to a query with one key, whose scores have no gradient; see `operands`.
+ALONE: gl.constexpr = gl.constexpr(1 - 2.0**-12)
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: one wgmma's
 # Threads: 4 warps for each consumer, 1 for the producer, which needs few registers. The compiler gives the first
 # consumer what is left of the register file at this maximum: 240 too.
@@ -108,3 +110,12 @@ def barriers(ST: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(ST):
         mbarrier.init(bars.index(i), count=arrivals)
     return bars
+
+
+@gluon.jit
+def scores_of(it, a, tiles, full, N: gl.constexpr, ST: gl.constexpr):
+    """a times tile `it` transposed, [64, N], once the tile is there; asynchronous."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    mbarrier.wait(full.index(it % ST), (it // ST) & 1)
+    b = tiles.index(it % ST).permute((1, 0))
+    return warpgroup_mma(a, b, gl.zeros([64, N], gl.float32, layout), use_acc=False, is_async=True)

@@ -28,6 +28,7 @@ from foxdist.attention.kernels.gluon_common import (
     page_place,
     programs,
     receive,
+    scores_of,
     tile_descriptor,
     tma_load,
     tma_store,
@@ -54,7 +55,7 @@ def forward(
     own: bool,
     merge: bool,
 ) -> None:
-    """Writes attention over the pool into `into`; with `merge`, joins it with what `into` holds. See `kernels.launch`."""
+    """Writes attention over the pool into `into`; with `merge`, joins the two. See `kernels.launch`."""
     rows, length, heads, dim = queries.q.shape
     count = queries.c_in.shape[2]
     partial = into.out.dtype == torch.float32
@@ -171,9 +172,7 @@ def _attend(
     dtype: gl.constexpr = q.dtype
 
     st = it % ST
-    mbarrier.wait(k_full.index(st), (it // ST) & 1)
-    s = warpgroup_mma(q, k_s.index(st).permute((1, 0)), gl.zeros([64, 128], gl.float32, s_l), use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
+    s = warpgroup_mma_wait(0, deps=(scores_of(it, q, k_s, k_full, 128, ST),))
     mbarrier.arrive(k_empty.index(st), count=1)
     x = s * scale - c_s.index(it % (2 * ST)).load(column)[None, :]
     shift = (query_base - gl.load(slot_base_ptr + last)).to(gl.float32)
@@ -196,10 +195,7 @@ def _attend(
         ph = ((it + i) // ST) & 1
         shift = (query_base - base).to(gl.float32)
         base = gl.load(slot_base_ptr + gl.maximum(last - i - 1, 0))
-        mbarrier.wait(k_full.index(st), ph)
-        s_next = warpgroup_mma(
-            q, k_s.index(st).permute((1, 0)), gl.zeros([64, 128], gl.float32, s_l), use_acc=False, is_async=True
-        )
+        s_next = scores_of(it + i, q, k_s, k_full, 128, ST)
         acc_next = warpgroup_mma(pb, v_s.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s_next,))
         mbarrier.arrive(k_empty.index(st), count=1)

@@ -57,7 +57,8 @@ def make_schedule(queries: Queries, table: BlockTable) -> Schedule:
         costs, order, taken, rows * heads, rows * kv_heads, pieces, HEADS
     )
     query_heads, slot_heads = order.split([rows * heads, rows * kv_heads])
-    return Schedule(*by_query, *by_slot, query_base, slot_base, query_heads, slot_heads, taken)
+    ranges = by_query[0], by_query[1], by_slot[0], by_slot[1]
+    return Schedule(*ranges, query_base, slot_base, query_heads, slot_heads, taken)
 
 
 @triton.jit

@@ -1,0 +1,93 @@
+"""One meeting of queries and a pool on a GPU, for every kernel family: results are allocated, work is put in order.
+
+A family is a module with `forward`, `backward_kv` and `backward_q`: "triton" or "gluon".
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from foxdist.attention.kernels.operands import aligned
+from foxdist.attention.kernels.schedule import make_schedule
+from foxdist.attention.merge import Partial
+from foxdist.attention.pages import BlockTable, Pages
+from foxdist.attention.queries import Prepared, Queries, QueryGrads
+
+
+def forward(
+    family: str,
+    queries: Queries,
+    pool: Pages,
+    table: BlockTable,
+    bounded: torch.Tensor | None,
+    so_far: Partial | None,
+    *,
+    partial: bool,
+) -> Partial:
+    """Attention over the pool, merged with `so_far`, whose float32 tensors are used up.
+
+    Without `so_far` the pool is the rank's own, which comes first: every query block's diagonal is in it. bounded:
+    [B, H] int32, heads whose softmax takes a fixed reference, or None. partial: more pools may follow, and the output
+    stays float32; else it has the inputs' dtype.
+    """
+    if not len(pool.k) and so_far is not None:
+        return so_far
+    queries, pool = _aligned(queries, pool)
+    dtype = queries.q.dtype
+    if bounded is None:
+        bounded = queries.start.new_zeros(queries.start.shape[:2], dtype=torch.int32)
+    into = so_far
+    if into is None:
+        out = torch.empty(queries.q.shape, dtype=torch.float32 if partial else dtype, device=queries.q.device)
+        into = Partial(out, torch.empty_like(queries.c_in))
+    schedule, page = make_schedule(queries, table), table.page.contiguous()
+    kernels = _kernels(family, "forward")
+    kernels.forward(queries, pool, schedule, page, bounded, into, own=so_far is None, merge=so_far is not None)
+    return into if partial else into._replace(out=into.out.to(dtype))
+
+
+def backward(
+    family: str,
+    queries: Queries,
+    pool: Pages,
+    table: BlockTable,
+    prepared: Prepared,
+    so_far: QueryGrads | None,
+    *,
+    partial: bool,
+) -> tuple[QueryGrads, Pages]:
+    """Gradients of the attention over the pool: the queries', added to `so_far`, which is used up, and the pool's.
+
+    The column part of dc stands in `c_in` of the latter with its sign. partial: more sums follow, on both sides, and
+    gradients stay float32; else they have the inputs' dtype. Gradients of pages that no slot holds are not written.
+    """
+    if not len(pool.k) and so_far is not None:
+        return so_far, Pages(*(torch.zeros_like(x, dtype=torch.float32) for x in pool))
+    queries, pool = _aligned(queries, pool)
+    own, dtype = so_far is None, queries.q.dtype
+    kept = torch.float32 if partial else dtype
+    into = so_far
+    if into is None:
+        into = QueryGrads(torch.empty(queries.q.shape, dtype=kept, device=queries.q.device), _like(queries.c_in))
+    k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
+    of_pool = Pages(k, v, _like(pool.c_in))
+    schedule, page = make_schedule(queries, table), table.page.contiguous()
+    kernels = _kernels(family, "backward")
+    kernels.backward_kv(queries, pool, schedule, page, *prepared, of_pool, own=own)
+    kernels.backward_q(queries, pool, schedule, page, *prepared, into, own=own, add=not own)
+    return into if partial else into._replace(q=into.q.to(dtype)), of_pool
+
+
+def _kernels(family: str, direction: str) -> ModuleType:
+    """Loaded when first used: Gluon needs a Hopper GPU's libraries."""
+    return importlib.import_module(f"foxdist.attention.kernels.{family}_{direction}")
+
+
+def _aligned(queries: Queries, pool: Pages) -> tuple[Queries, Pages]:
+    q = queries._replace(q=aligned(queries.q), c_in=queries.c_in.contiguous())
+    return q, Pages(aligned(pool.k), aligned(pool.v), pool.c_in.contiguous())
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -1,0 +1,75 @@
+"""How kernels see tensors: descriptors made on the host, and the device functions that all Triton kernels share."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# Triton's interpreter multiplies the bits of bf16 as integers.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Weights this close to 1 belong to a query with one key. Its scores have no gradient, but dP and delta are rounded
+# differently. Weights come out within 1e-6 of 1 in float32; where the row part is joined to lse first, within 1e-4.
+ALONE_EXACT = tl.constexpr(1 - 2.0**-19)
+ALONE = tl.constexpr(1 - 2.0**-12)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it, as descriptors need it: rows of contiguous numbers that begin at multiples of 16 bytes."""
+    steps = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1]) if size > 1]
+    fine = all(step > 0 and step * x.element_size() % 16 == 0 for step in steps)
+    if fine and x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of tiles [1, 1, rows, D] of x [B, T, H, D], in the order (b, h, t, d).
+
+    Only leading dimensions of 1 fall away when a tile is loaded; so T and H change places, which is a view.
+    """
+    x = x.transpose(1, 2)
+    # The stride of a dimension of size 1 means nothing, but is checked.
+    strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape[:-1])]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]])
+
+
+def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
+    """Descriptor of pieces [1, length] of x [B, H, n, BLOCK], contiguous."""
+    x = x.view(-1, x.shape[-1])
+    return TensorDescriptor.from_tensor(x, [1, length])
+
+
+@triton.jit
+def load_tile(tensor, row, head, token, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """[ROWS, DIM], zeros past the end of the sequence."""
+    return tensor.load([row, head, token, 0]).reshape(ROWS, DIM)
+
+
+@triton.jit
+def store_tile(tensor, row, head, token, tile, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Writes [ROWS, DIM] in the tensor's dtype, without what lies past the end of the sequence."""
+    tensor.store([row, head, token, 0], tile.to(tensor.dtype).reshape(1, 1, ROWS, DIM))
+
+
+@triton.jit
+def product(a, b, acc=None):
+    """a @ b + acc in float32; float32 operands are not rounded."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def find_page(page, row, head, heads, pool_heads, pool_blocks, OWN: tl.constexpr):
+    """(row, head, block) in the pool of page (row * pool_heads + head) * pool_blocks + block.
+
+    A rank's own pages of (row, head) stay there; a borrowed page stands alone (pool_heads = pool_blocks = 1, which the
+    compiler knows). So neither divides in the loops of a kernel; any other pool does.
+    """
+    if OWN:
+        return row, head, page - (row * heads + head) * pool_blocks
+    else:  # noqa: RET505 (a compile-time branch)
+        return page // (pool_heads * pool_blocks), page // pool_blocks % pool_heads, page % pool_blocks

@@ -1,0 +1,45 @@
+"""What backward needs of each query, found once for all pools."""
+
+import torch
+import triton
+import triton.language as tl
+
+from foxdist.attention.kernels.operands import LOG2_E, aligned, descriptor, load_tile
+from foxdist.attention.queries import Prepared
+from foxdist.layout import BLOCK
+
+NUMBERS = 4096  # of a tile
+
+
+def prepare(out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: torch.Tensor) -> Prepared:
+    """Of the finished output [B, T, H, D], its gradient, c_in and lse2 [B, H, n, BLOCK].
+
+    The row term is c_in * log2(e) - lse2; in float32 only -lse2, as kernels join c_in to the key's gate sum first.
+    """
+    out, grad = aligned(out), aligned(grad)
+    rows, _, heads, dim = out.shape
+    count = c_in.shape[2]
+    tile = min(NUMBERS // dim, BLOCK)
+    rowterm, delta = torch.empty_like(lse2), torch.empty_like(lse2)
+    _prepare[(rows * heads * count * (BLOCK // tile),)](
+        descriptor(out, tile), descriptor(grad, tile), c_in, lse2, rowterm, delta, heads, count * (BLOCK // tile),
+        DIM=dim, ROWS=tile, EXACT=out.dtype == torch.float32, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Prepared(grad, rowterm, delta)
+
+
+@triton.jit
+def _prepare(
+    out_tiles, grad_tiles, c_ptr, lse2_ptr, rowterm_ptr, delta_ptr, heads, tiles,
+    DIM: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row_head, token = tile // tiles, tile % tiles * ROWS
+    out = load_tile(out_tiles, row_head // heads, row_head % heads, token, ROWS, DIM)
+    grad = load_tile(grad_tiles, row_head // heads, row_head % heads, token, ROWS, DIM)
+    offset = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rowterm = -tl.load(lse2_ptr + offset)
+    if not EXACT:
+        rowterm += tl.load(c_ptr + offset) * LOG2_E
+    tl.store(rowterm_ptr + offset, rowterm)
+    tl.store(delta_ptr + offset, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1))
