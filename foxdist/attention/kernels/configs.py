@@ -43,15 +43,15 @@ class Tiles(NamedTuple):
 # One H200, Triton 3.6, bf16, T=65536, 17.7 % of the tiles kept; ms (TFLOP/s of the products done).
 HOPPER = {
     64: Tiles(
-        # 3.73 (running maximum), 3.51 (fixed); s3 4.58, 128x64 w8 s3 4.34, 64x64 w4 s2 4.18, 128x128 w8 s3 5.22
-        forward=Tile(64, 128, 4, 2, maxnreg=168),  # 168: three programs on an SM
-        # 5.96 (524); vectors by pointers 6.52, no cap 6.91, 64x128 w8 s2 9.46
+        # 3.73 running maximum, 3.51 fixed; s3 4.58, 128x64 w8 s3 4.34, 64x64 w4 s2 4.18, 128x128 w8 s3 5.22
+        forward=Tile(64, 128, 4, 2, maxnreg=168),  # as many as it takes; three programs on an SM
+        # 6.39 (488); no cap 7.24, s3 6.52, s3 with vectors 5.96 (ptxas serializes products there: C7515), 64x128 w8 9.46
         backward_kv=Tile(64, 64, 4, 2, maxnreg=168),
         # 4.70 (499); s3 6.55, 64x128 w4 s2 4.86, 64x64 w4 s2 5.05, 128x128 w8 s2 6.04
         backward_q=Tile(128, 64, 8, 2, maxnreg=128),
     ),
     128: Tiles(
-        # 3.04 (511) running maximum, 2.71 (574) fixed; natural registers s3 4.14, 64x64 w4 s3 3.68, 64x128 w4 s2 5.36
+        # 3.04 (511) running maximum, 2.71 (574) fixed; s3 without cap 4.14, 64x64 w4 s3 3.68, 64x128 w4 s2 5.36
         forward=Tile(128, 64, 8, 2, maxnreg=128),
         # 5.16 (603); s3 7.47, maxnreg=168 17.3, 64x128 w8 s2 5.70
         backward_kv=Tile(64, 64, 4, 2),
@@ -86,7 +86,7 @@ def choose(family: str, capability: tuple[int, int], dim: int, dtype: torch.dtyp
 def _unmeasured(dim: int, dtype: torch.dtype) -> Tiles:
     """Small tiles that fit 99 KiB of shared memory, the least that a GPU since Ampere gives one program."""
     if dtype == torch.float32:  # products without tensor cores: operands stay in registers
-        small = Tile(32, 32, 4, 1) if dim < 256 else Tile(16, 32, 4, 1)
+        small = Tile(32, 32, 4 if dim < 128 else 8, 1) if dim < 256 else Tile(16, 16, 8, 1)
         return Tiles(small, small, small)
     if dim == 256:
         return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 8, 1))
