@@ -19,36 +19,43 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # Bytes that a measured kernel may spill. Forward at D = 128, under its cap of 128 registers, has 48 with the ptxas of
 # Triton 3.6, as the kernel that was measured, and 148 with that of 3.9; all others have less than 60.
 SPILLED = 160
+# Gluon's dK/dV at D = 128 has 344 and its dQ 132, few of them in the loop.
+SPILLED_GLUON = 420
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
 
 
-def triton_calls(dim, dtype, borrowed=True):
-    """Forward and backward of an own and of a borrowed pool, on zeros."""
+def tile_calls(family, dim, dtype, heads=2, borrowed=True):
+    """Forward and backward of an own pool, with grouped heads and alone, and of a borrowed one, on zeros."""
     from foxdist.attention.kernels import launch
     from foxdist.attention.kernels.preprocess import prepare
+    from foxdist.attention.merge import Partial
     from foxdist.attention.pages import BlockTable, Pages, own_table
-    from foxdist.attention.queries import Queries
+    from foxdist.attention.queries import Queries, QueryGrads
 
-    q, c_in = torch.zeros(1, 512, 2, dim, dtype=dtype), torch.zeros(1, 2, 4, 128)
+    q, c_in = torch.zeros(1, 512, heads, dim, dtype=dtype), torch.zeros(1, heads, 4, 128)
+    k = q[:, :, :2].contiguous()
     blocks = torch.arange(4)
-    queries = Queries(q, c_in, torch.zeros(1, 2, 5).double(), torch.zeros(1, 2, 4).int(), blocks, 0.1)
-    own = Pages(q, q, c_in), own_table(1, 2, blocks)
+    queries = Queries(q, c_in, torch.zeros(1, heads, 5).double(), torch.zeros(1, heads, 4).int(), blocks, 0.1)
+    own = Pages(k, k, c_in), own_table(1, 2, blocks)
     pages = torch.zeros(5, 128, 1, dim, dtype=dtype)
-    lent = Pages(pages, pages, torch.zeros(5, 1, 1, 128)), BlockTable(*torch.zeros(2, 1, 2, 3).int())
-    bounded, grad = torch.ones(1, 2).int(), torch.zeros_like(q)
+    lent = Pages(pages, pages, torch.zeros(5, heads // 2, 1, 128)), BlockTable(*torch.zeros(2, 1, 2, 3).int())
+    bounded, grad = torch.ones(1, heads).int(), torch.zeros_like(q)
     prepared = prepare(q, grad, c_in, c_in)
-    so_far = launch.forward("triton", queries, *own, bounded, None, partial=True)
-    of_queries, _ = launch.backward("triton", queries, *own, prepared, None, partial=True)
+    launch.forward(family, queries, *own, bounded, None, partial=False)
+    launch.backward(family, queries, *own, prepared, None, partial=False)
     if borrowed:
-        launch.forward("triton", queries, *lent, bounded, so_far, partial=True)
-        launch.backward("triton", queries, *lent, prepared, of_queries, partial=True)
+        launch.forward(family, queries, *lent, bounded, Partial(q.float(), c_in), partial=True)
+        launch.backward(family, queries, *lent, prepared, QueryGrads(q.float(), c_in), partial=True)
 
 
 CALLS = [
-    ("measured", 90, triton_calls, (64, BF16)),
-    ("measured", 90, triton_calls, (128, BF16)),
-    ("fits", 80, triton_calls, (256, BF16, False)),
-    ("fits", 80, triton_calls, (64, FP32, False)),
+    ("measured", 90, tile_calls, ("triton", 64, BF16)),
+    ("measured", 90, tile_calls, ("triton", 128, BF16)),
+    ("measured", 90, tile_calls, ("gluon", 64, BF16)),
+    ("measured", 90, tile_calls, ("gluon", 128, BF16)),
+    ("gluon, grouped", 90, tile_calls, ("gluon", 128, BF16, 4, False)),
+    ("fits", 80, tile_calls, ("triton", 256, BF16, 2, False)),
+    ("fits", 80, tile_calls, ("triton", 64, FP32, 2, False)),
 ]
 
 
@@ -58,7 +65,14 @@ def compile_all(architecture):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from foxdist.attention.kernels import configs, triton_backward, triton_forward
+    from foxdist.attention.kernels import (
+        configs,
+        gluon_backward_kv,
+        gluon_backward_q,
+        gluon_forward,
+        triton_backward,
+        triton_forward,
+    )
 
     class Driver:
         """A GPU that is not there."""
@@ -81,7 +95,7 @@ def compile_all(architecture):
         with contextlib.redirect_stdout(io.StringIO()) as log:
             kernel = real(self, *args, grid=grid, warmup=True, **options)
         if log.getvalue():  # else it was compiled before
-            found = {"kind": kind, "call": f"{call.__name__}{arguments}", "kernel": self.__name__}
+            found = {"kind": kind, "call": str(arguments), "kernel": self.__name__, "gluon": "gluon" in arguments}
             print(json.dumps(found | usage(log.getvalue(), kernel)), flush=True)
         return kernel
 
@@ -90,6 +104,8 @@ def compile_all(architecture):
     JITFunction.run = run
     for module in (triton_forward, triton_backward):
         module.capability = lambda _: divmod(architecture, 10)
+    for module in (gluon_forward, gluon_backward_kv, gluon_backward_q):
+        module.programs = lambda _, work: work
     assert configs.capability(torch.device("cpu")) == (9, 0)
     for kind, wanted, call, arguments in CALLS:  # noqa: B007 (`run` reads it)
         if wanted == architecture:
@@ -107,15 +123,16 @@ def usage(log, kernel):
 def test_kernels_compile_and_keep_to_their_registers(architecture, tmp_path, record_property):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = f"import test_compile; test_compile.compile_all({architecture})"
+    code = f"import test_kernel_builds; test_kernel_builds.compile_all({architecture})"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in kernels:
         print(*kernel.values())
         assert kernel["shared"] <= SHARED[architecture], kernel
-        if kernel["kind"] == "measured":
-            assert kernel["spilled"] <= SPILLED, kernel
-    expected = {call for _, wanted, call, _ in CALLS if wanted == architecture}
+        assert not (kernel["gluon"] and kernel["notes"]), "ptxas puts products in a row that should overlap"
+        if kernel["kind"] != "fits":
+            assert kernel["spilled"] <= (SPILLED_GLUON if kernel["gluon"] else SPILLED), kernel
     names = {kernel["kernel"] for kernel in kernels}
-    assert triton_calls not in expected or {"_forward", "_backward_kv", "_backward_q", "_prepare"} <= names
+    assert {"_forward", "_backward_kv", "_backward_q", "_prepare"} <= names
+    assert architecture != 90 or {"forward_kernel", "kv_kernel", "q_kernel"} <= names
