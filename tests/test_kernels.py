@@ -53,8 +53,9 @@ def tolerances(dtype):
     if dtype == FP32:  # sums of up to 900 terms; c_in, of up to 1,000, has an ulp of 6e-5, and so have exponents
         return dict(zip(NAMES, [2e-6, 2e-6, 5e-6, 2e-5, 5e-6, 5e-6, 2e-5]))
     # Row and column parts are sums of unrounded dS, in which the row term's rounding (as above) reaches 6e-5. Rows add
-    # up to nothing but the rounding of out; kernels leave more of it out, where a query has one key.
-    return dict(zip(NAMES, [eps, 1e-5, eps, eps, eps, eps, 1e-3]))
+    # up to nothing but the rounding of out; kernels leave more of it out, where a query has one key. Gluon's are sums
+    # of rounded dS.
+    return dict(zip(NAMES, [eps, 1e-5, eps, eps, eps, eps, 1e-3 if RUN["family"] == "triton" else eps]))
 
 
 def close(got, expected, dtype):
