@@ -45,7 +45,7 @@ HOPPER = {
     64: Tiles(
         # 3.73 running maximum, 3.51 fixed; s3 4.58, 128x64 w8 s3 4.34, 64x64 w4 s2 4.18, 128x128 w8 s3 5.22
         forward=Tile(64, 128, 4, 2, maxnreg=168),  # as many as it takes; three programs on an SM
-        # 6.39 (488); no cap 7.24, s3 6.52, s3 with vectors 5.96 (ptxas serializes products there: C7515), 64x128 w8 9.46
+        # 6.39 (488); no cap 7.24, s3 6.52, s3 with vectors 5.96 (serialized by ptxas now: C7515), 64x128 w8 9.46
         backward_kv=Tile(64, 64, 4, 2, maxnreg=168),
         # 4.70 (499); s3 6.55, 64x128 w4 s2 4.86, 64x64 w4 s2 5.05, 128x128 w8 s2 6.04
         backward_q=Tile(128, 64, 8, 2, maxnreg=128),
