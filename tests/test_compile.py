@@ -18,7 +18,8 @@ import torch
 BF16, FP32 = torch.bfloat16, torch.float32
 # Bytes that a measured kernel may spill. Forward at D = 128, under its cap of 128 registers, has 48 with the ptxas of
 # Triton 3.6, as the kernel that was measured, and 148 with that of 3.9; all others have less than 60.
-SPILLED = 160
+# What fits only may spill more, but must not live in spilled registers: some tiles spilled 10,000.
+SPILLED = {"measured": 160, "fits": 1000}
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
 
 
@@ -47,6 +48,7 @@ def triton_calls(dim, dtype, borrowed=True):
 CALLS = [
     ("measured", 90, triton_calls, (64, BF16)),
     ("measured", 90, triton_calls, (128, BF16)),
+    ("fits", 80, triton_calls, (64, BF16, False)),
     ("fits", 80, triton_calls, (256, BF16, False)),
     ("fits", 80, triton_calls, (64, FP32, False)),
 ]
@@ -114,8 +116,7 @@ def test_kernels_compile_and_keep_to_their_registers(architecture, tmp_path, rec
     for kernel in kernels:
         print(*kernel.values())
         assert kernel["shared"] <= SHARED[architecture], kernel
-        if kernel["kind"] == "measured":
-            assert kernel["spilled"] <= SPILLED, kernel
+        assert kernel["spilled"] <= SPILLED[kernel["kind"]], kernel
     expected = {call for _, wanted, call, _ in CALLS if wanted == architecture}
     names = {kernel["kernel"] for kernel in kernels}
     assert triton_calls not in expected or {"_forward", "_backward_kv", "_backward_q", "_prepare"} <= names
