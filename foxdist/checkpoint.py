@@ -118,6 +118,21 @@ def load(engine: Any, root: Path, mesh: Mesh, *, stage: int) -> Saved | None:
     return None
 
 
+def weights(root: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """Step and parameters, float32 on the CPU, of the newest good checkpoint, whatever ranks and stage saved it.
+
+    Needs no process group and changes nothing in the folder, so a job may be training in it. Raises `ConfigError` if
+    there is no good one.
+    """
+    for folder in newest_first(root):
+        saved = _read_manifest(folder)
+        wrong = ["no readable manifest"] if saved is None else _faults(folder, saved, list(saved.files))
+        if saved is not None and not wrong:
+            return saved.step, zero.weights(folder)
+        log.warning("%s is damaged (%s); falling back to the one before", folder, "; ".join(wrong))
+    raise ConfigError(f"{root.parent}: holds no good checkpoint; must be the train.run_dir of a run that saved one")
+
+
 def _survey(root: Path) -> list[tuple[Path, Saved | None]]:
     """All checkpoints, newest first, with their manifests; what a kill left half-written goes."""
     for torn in root.glob("step_*.unfinished"):
@@ -145,19 +160,23 @@ def _read_manifest(folder: Path) -> Saved | None:
 
 def _damage(folder: Path, saved: Saved, mesh: Mesh) -> list[str]:
     """What is wrong with the files, agreed by all ranks, each of which reads its share."""
-    mine = []
-    for name in list(saved.files)[mesh.rank :: mesh.world]:
-        path = folder / name
+    every: list[list[str] | None] = [None] * mesh.world
+    dist.all_gather_object(every, _faults(folder, saved, list(saved.files)[mesh.rank :: mesh.world]))
+    return [fault for part in every for fault in part or []]
+
+
+def _faults(folder: Path, saved: Saved, names: list[str]) -> list[str]:
+    """What is wrong with these files."""
+    found = []
+    for name in names:
         try:
-            size, digest = _fingerprint(path)
+            size, digest = _fingerprint(folder / name)
         except OSError as error:
-            mine.append(f"{name} cannot be read: {error.strerror}")
+            found.append(f"{name} cannot be read: {error.strerror}")
             continue
         if (size, digest) != saved.files[name]:
-            mine.append(f"{name} has changed since it was written ({size} of {saved.files[name][0]} bytes)")
-    every: list[list[str] | None] = [None] * mesh.world
-    dist.all_gather_object(every, mine)
-    return [fault for part in every for fault in part or []]
+            found.append(f"{name} has changed since it was written ({size} of {saved.files[name][0]} bytes)")
+    return found
 
 
 def _fingerprint(path: Path) -> tuple[int, str]:

@@ -56,7 +56,7 @@ class Model(Section):
     norm_eps: float = Field(1e-6, gt=0)
     qk_norm_eps: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)
-    backend: Literal["auto", "torch"] = "auto"
+    backend: Literal["auto", "gluon", "triton", "torch"] = "auto"
     """Tile implementation of attention."""
 
     @property
@@ -137,6 +137,8 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     activation_checkpointing: bool = False
     """Recompute each block in backward; attention outputs and plans are kept, not computed or sent again."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: a minute or more at the start, then fewer kernels. Not with ZeRO-3."""
 
 
 class Checkpoint(Section):
@@ -170,6 +172,7 @@ class Config(Section):
         _check_model(self.model)
         _check_sequence(self)
         _check_length(self)
+        _check_compile(self)
         return self
 
     @property
@@ -280,6 +283,14 @@ def _check_length(config: Config) -> None:
         )
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}; must be at most that; lower it")
+
+
+def _check_compile(config: Config) -> None:
+    if config.train.compile and config.parallel.zero == 3:
+        raise ConfigError(
+            "train.compile=true: ZeRO-3 gathers the parameters of each module as it runs, which cannot be part of a "
+            "compiled block; must be false with parallel.zero=3; set parallel.zero=2 or train.compile=false"
+        )
 
 
 def _nearest_divisor(number: int, wish: int) -> int:

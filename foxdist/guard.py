@@ -18,6 +18,15 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; the weights are still those of the step before."""
 
 
+def _note(flag: torch.Tensor, x: torch.Tensor) -> None:
+    # 0 * inf and 0 * NaN are NaN: two small operations, and no read.
+    flag.add_(x.detach().sum(dtype=torch.float32), alpha=0)
+
+
+def _first(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
 class Guard:
     """Watches a model from now on. `check` once a step, after the last backward and before the update."""
 
@@ -29,19 +38,17 @@ class Guard:
             parts.append((f"layer {i} MLP", [block.mlp_norm, block.mlp]))
         parts.append(("the head and loss", [model.head]))
         self.names = [name for name, _ in parts]
-        self.flags = torch.zeros(2, len(parts), device=device)  # forward, backward: NaN once something was not finite
-        for i, (_, modules) in enumerate(parts):
-            modules[-1].register_forward_hook(lambda _module, _inputs, out, i=i: self._note(0, i, out))
+        # For each part: forward, backward; NaN once something was not finite. One tensor each, so that all blocks'
+        # hooks are one function to a compiler.
+        self.flags = [torch.zeros(2, device=device) for _ in parts]
+        for flag, (_, modules) in zip(self.flags, parts):
+            modules[-1].register_forward_hook(lambda _module, _inputs, out, flag=flag: _note(flag[0], _first(out)))
             for parameter in (p for module in modules for p in module.parameters()):
-                parameter.register_hook(lambda grad, i=i: self._note(1, i, grad))
-
-    def _note(self, direction: int, part: int, x: torch.Tensor) -> None:
-        # 0 * inf and 0 * NaN are NaN: two small operations, and no read.
-        self.flags[direction, part].add_(x.detach().sum(dtype=torch.float32), alpha=0)
+                parameter.register_hook(lambda grad, flag=flag: _note(flag[1], grad))
 
     def check(self, step: int) -> None:
         """Raises `NonFiniteError` on every rank if any rank saw a non-finite value, now or in an earlier step."""
-        mine = self.flags.isnan().int()
+        mine = torch.stack(self.flags, 1).isnan().int()
         worst = mine.clone()
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if not bool(worst.any()):

@@ -55,7 +55,10 @@ class FloatLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """[B, T, F] -> [B, T, F]."""
+    """[B, T, F] -> [B, T, F], and what `Meter.add` takes.
+
+    It counts nothing itself: activation checkpointing runs it twice.
+    """
 
     def __init__(self, model: Model, acp: Acp | None, cp: ContextParallel | None):
         super().__init__()
@@ -76,9 +79,11 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(model.groups, model.head_dim, model.qk_norm_eps)
             self.output_norm = HeadNorm(model.heads, model.head_dim, model.norm_eps)
             self.output_gate = nn.Linear(hidden, hidden, bias=False)
-        self.meter = Meter()
+        self.meter = Meter(model.heads)
 
-    def forward(self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """starts: [B, T] bool, a document's first token. positions: [T] int64 in the whole sequence, with RoPE."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -105,12 +110,11 @@ class Attention(nn.Module):
             backend=self.backend,
             return_stats=True,
         )
-        self.meter.add(stats)
         if self.pro:
             out = self.output_norm(out)[0].flatten(-2) * torch.sigmoid(self.output_gate(x).float())
         else:
             out = out.flatten(-2)
-        return self.o_proj(out.to(x.dtype))
+        return self.o_proj(out.to(x.dtype)), stats.kept_by_head, stats.counts
 
     def _shift(
         self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor

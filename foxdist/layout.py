@@ -34,9 +34,9 @@ def owner_of(chunk: int, size: int, layout: str) -> int:
     return chunk if layout == "contiguous" or chunk < size else 2 * size - 1 - chunk
 
 
-def blocks_of(rank: int, size: int, blocks: int, layout: str) -> torch.Tensor:
+def blocks_of(rank: int, size: int, blocks: int, layout: str, device: torch.device | None = None) -> torch.Tensor:
     """Global indices [n] (int64) of the blocks that `rank` owns of `blocks` in the sequence, in layout order."""
-    return _indices(rank, size, blocks, layout)
+    return _indices(rank, size, blocks, layout, device)
 
 
 def positions(rank: int, size: int, T: int, layout: str) -> torch.Tensor:
@@ -69,9 +69,9 @@ def unshard(parts: list[torch.Tensor], layout: str, dim: int = 1) -> torch.Tenso
     return torch.cat([chunks[c] for c in range(len(chunks))], dim)
 
 
-def _indices(rank: int, size: int, length: int, layout: str) -> torch.Tensor:
+def _indices(rank: int, size: int, length: int, layout: str, device: torch.device | None = None) -> torch.Tensor:
     """Global indices that `rank` owns of `length` things given out by `layout`."""
-    return shard(torch.arange(length), rank, size, layout, dim=0)
+    return shard(torch.arange(length, device=device), rank, size, layout, dim=0)
 
 
 def _check(size: int, layout: str) -> None:

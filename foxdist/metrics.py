@@ -54,7 +54,7 @@ def step_metrics(
 def _reduce_tiles(layers: list[Counts], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over ranks, float64 on the host: tiles kept [L, H], tiles of a head that causality allows [L, 1], query
     blocks of a head [L, 1]."""
-    kept = torch.stack([torch.as_tensor(c.kept_by_head).double() for c in layers]).to(device)
+    kept = torch.stack([c.kept_by_head.double() for c in layers]).to(device)
     rest = torch.tensor([[c.causal_by_head, c.query_blocks] for c in layers], dtype=torch.float64, device=device)
     table = torch.cat([kept, rest], 1)
     dist.all_reduce(table)

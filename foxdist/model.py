@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from foxdist.attention import Acp, ContextParallel
-from foxdist.attention.replay import checkpoint_contexts
+from foxdist.attention.replay import checkpoint_contexts, compiled_checkpoint_contexts
 from foxdist.config import Model
 from foxdist.layer import Attention, RMSNorm
 from foxdist.layout import positions
@@ -42,9 +42,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(model.hidden, model.norm_eps)
         self.mlp = SwiGLU(model.hidden, model.mlp_width)
 
-    def forward(self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), starts, where)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `Attention.forward`, whose counts it passes on."""
+        y, kept_by_head, counts = self.attention(self.attention_norm(x), starts, where)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), kept_by_head, counts
 
 
 class Head(nn.Module):
@@ -82,18 +86,20 @@ class FoX(nn.Module):
         where = self._positions(tokens) if self.config.rope else None
         x = self.embedding(tokens)
         for block in self.blocks:
+            assert isinstance(block, Block)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
+                x, kept_by_head, counts = checkpoint(
                     block,
                     x,
                     starts,
                     where,
                     use_reentrant=False,
-                    context_fn=checkpoint_contexts,
+                    context_fn=compiled_checkpoint_contexts if torch.compiler.is_compiling() else checkpoint_contexts,
                     preserve_rng_state=False,  # no dropout
                 )
             else:
-                x = block(x, starts, where)
+                x, kept_by_head, counts = block(x, starts, where)
+            block.attention.meter.add(kept_by_head, counts)
         return self.head(x, labels)
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:

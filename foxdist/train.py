@@ -146,6 +146,9 @@ def build(config: Config, mesh: Mesh) -> Run:
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(mesh.device)
     engine = make_engine(model, make_optimizer(model, config.optim, mesh.device), config, accumulation)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)  # in place: parameters keep their names, so checkpoints stay the same
     per_group = config.train.micro_batch * accumulation
     loader = Loader(
         config.data.path,

@@ -57,6 +57,15 @@ def load(engine: Any, folder: Path) -> None:
     assert path is not None, f"DeepSpeed found nothing in {folder}"
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's parameters that `save` wrote, float32 on the CPU; on one process, whatever ranks and stage saved."""
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with _quiet():
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
 def _quiet() -> contextlib.redirect_stdout:
     """DeepSpeed prints the memory in use, and the names of its own functions, whatever its log level."""
     return contextlib.redirect_stdout(io.StringIO())

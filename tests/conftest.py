@@ -1,13 +1,12 @@
-"""Shared fixtures: ranks to run on, and poisoned memory."""
+"""Shared fixtures: ranks to run on, and poisoned memory. Without a GPU, kernels run in Triton's interpreter."""
 
 import os
 
 import pytest
 import torch
 
-# Before anything imports triton: without a GPU, its kernels run in the interpreter.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: before that of any test
 
 from ranks import Ranks, poison_memory
 

@@ -1,122 +1,204 @@
-"""Every kernel compiles for Hopper without a GPU, and keeps to its registers: a slow kernel would pass all other tests.
+"""torch.compile: the same numbers and counts as eager, one graph, compiled once; and no work done twice."""
 
-Kernels are called as always, through `launch`, but compiled instead of run, in a process of their own: in this one they
-are interpreted. To add kernels, add a function that calls them to `CALLS`.
-"""
-
-import contextlib
-import io
-import json
-import os
-import re
-import subprocess
-import sys
+import functools
+import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+from test_model import batch, built, small
+from test_train import curves
+from torch._dynamo.testing import CompileCounterWithBackend
 
-BF16, FP32 = torch.bfloat16, torch.float32
-# Bytes that a measured kernel may spill. Forward at D = 128, under its cap of 128 registers, has 48 with the ptxas of
-# Triton 3.6, as the kernel that was measured, and 148 with that of 3.9; all others have less than 60.
-# What fits only may spill more, but must not live in spilled registers: some tiles spilled 10,000.
-SPILLED = {"measured": 160, "fits": 1000}
-SHARED = {90: 227 * 1024, 80: 99 * 1024}
+from foxdist.attention import Acp, ContextParallel, forgetting_attention, ring
+from foxdist.attention.transport import Swap
+from foxdist.layout import shard
 
+from cases import inputs, relative
+from runs import tree, write_data
 
-def triton_calls(dim, dtype, borrowed=True):
-    """Forward and backward of an own and of a borrowed pool, on zeros."""
-    from foxdist.attention.kernels import launch
-    from foxdist.attention.kernels.preprocess import prepare
-    from foxdist.attention.pages import BlockTable, Pages, own_table
-    from foxdist.attention.queries import Queries
-
-    q, c_in = torch.zeros(1, 512, 2, dim, dtype=dtype), torch.zeros(1, 2, 4, 128)
-    blocks = torch.arange(4)
-    queries = Queries(q, c_in, torch.zeros(1, 2, 5).double(), torch.zeros(1, 2, 4).int(), blocks, 0.1)
-    own = Pages(q, q, c_in), own_table(1, 2, blocks)
-    pages = torch.zeros(5, 128, 1, dim, dtype=dtype)
-    lent = Pages(pages, pages, torch.zeros(5, 1, 1, 128)), BlockTable(*torch.zeros(2, 1, 2, 3).int())
-    bounded, grad = torch.ones(1, 2).int(), torch.zeros_like(q)
-    prepared = prepare(q, grad, c_in, c_in)
-    so_far = launch.forward("triton", queries, *own, bounded, None, partial=True)
-    of_queries, _ = launch.backward("triton", queries, *own, prepared, None, partial=True)
-    if borrowed:
-        launch.forward("triton", queries, *lent, bounded, so_far, partial=True)
-        launch.backward("triton", queries, *lent, prepared, of_queries, partial=True)
+# aot_eager runs the same operations, a few sums in another order. inductor fuses them, and the gate's gradient, a sum
+# in which two large parts cancel, shows their rounding most: as in test_attention.py.
+ROUNDING = {"aot_eager": 1e-6, "inductor": 1e-4}
 
 
-CALLS = [
-    ("measured", 90, triton_calls, (64, BF16)),
-    ("measured", 90, triton_calls, (128, BF16)),
-    ("fits", 80, triton_calls, (64, BF16, False)),
-    ("fits", 80, triton_calls, (256, BF16, False)),
-    ("fits", 80, triton_calls, (64, FP32, False)),
-]
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test, whose guards would have to fail first."""
+    torch._dynamo.reset()
 
 
-def compile_all(architecture):
-    """Prints one JSON line for each kernel that the calls of an architecture launch. Runs in a process of its own."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    from foxdist.attention.kernels import configs, triton_backward, triton_forward
-
-    class Driver:
-        """A GPU that is not there."""
-
-        def get_current_target(self):
-            return GPUTarget("cuda", architecture, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device=None):
-            return 0
-
-        def get_device_interface(self):
-            return torch.cpu
-
-    real = JITFunction.run
-
-    def run(self, *args, grid, warmup, **options):
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            kernel = real(self, *args, grid=grid, warmup=True, **options)
-        if log.getvalue():  # else it was compiled before
-            found = {"kind": kind, "call": f"{call.__name__}{arguments}", "kernel": self.__name__}
-            print(json.dumps(found | usage(log.getvalue(), kernel)), flush=True)
-        return kernel
-
-    triton.runtime.driver.set_active(Driver())
-    triton.knobs.nvidia.dump_ptxas_log = True
-    JITFunction.run = run
-    for module in (triton_forward, triton_backward):
-        module.capability = lambda _: divmod(architecture, 10)
-    assert configs.capability(torch.device("cpu")) == (9, 0)
-    for kind, wanted, call, arguments in CALLS:  # noqa: B007 (`run` reads it)
-        if wanted == architecture:
-            call(*arguments)
+@pytest.mark.parametrize("bound", [None, 4.0, torch.full((4,), 4.0)], ids=["dense", "number", "by head"])
+@pytest.mark.parametrize("dtype, length", [(torch.float32, 300), (torch.bfloat16, 256)])
+def test_the_operator_is_what_it_says(bound, dtype, length):
+    """Schema, no aliases among its results, fakes with the right shapes and strides, derivatives under AOT."""
+    tensors = [x.requires_grad_() for x in inputs(2, length, 4, 2, 16, dtype=dtype)]
+    by_head, number = (bound, None) if isinstance(bound, torch.Tensor) else (None, bound)
+    log_eps, rule = (None, "") if bound is None else (-10.0, "paper")
+    arguments = (*tensors, by_head, number, log_eps, rule, 0.25, "torch", "")
+    torch.library.opcheck(torch.ops.foxdist.attention.default, arguments)
 
 
-def usage(log, kernel):
-    """Registers of a thread, bytes spilled, bytes of shared memory, and what ptxas says of serialized products."""
-    found = {"registers": r"(\d+) registers", "spilled": r"(\d+) bytes spill stores"}
-    numbers = {name: int(re.search(words, log)[1]) for name, words in found.items()}
-    return {**numbers, "shared": kernel.metadata.shared, "notes": re.findall(r"C75\d\d", log)}
+def test_the_backward_operator_is_what_it_says():
+    tensors = inputs(2, 300, 4, 2, 16)
+    outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, -10.0, "paper", 0.25, "torch", "")
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
+    arguments = (grad, *tensors[:3], *outputs[:-1], 0.25, "torch", "")
+    torch.library.opcheck(torch.ops.foxdist.attention_backward.default, arguments)
 
 
-@pytest.mark.parametrize("architecture", [90, 80])
-def test_kernels_compile_and_keep_to_their_registers(architecture, tmp_path, record_property):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = f"import test_compile; test_compile.compile_all({architecture})"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    for kernel in kernels:
-        print(*kernel.values())
-        assert kernel["shared"] <= SHARED[architecture], kernel
-        assert kernel["spilled"] <= SPILLED[kernel["kind"]], kernel
-    expected = {call for _, wanted, call, _ in CALLS if wanted == architecture}
-    names = {kernel["kernel"] for kernel in kernels}
-    assert triton_calls not in expected or {"_forward", "_backward_kv", "_backward_q", "_prepare"} <= names
+class Work:
+    """How often attention runs and exchanges are posted, in this process."""
+
+    def __init__(self):
+        self.counts = {"forward": 0, "backward": 0, "swaps": 0}
+        self.real = ring.forward, ring.backward, Swap.__init__
+
+    def __enter__(self):
+        forward, backward, swap = self.real
+        ring.forward, ring.backward = self._counted("forward", forward), self._counted("backward", backward)
+        Swap.__init__ = self._counted("swaps", swap)
+        return self.counts
+
+    def _counted(self, name, real):
+        def run(*args):
+            self.counts[name] += 1
+            return real(*args)
+
+        return run
+
+    def __exit__(self, *_):
+        ring.forward, ring.backward, Swap.__init__ = self.real
+
+
+def two_steps(fox, run, data):
+    """Loss and gradients of a second step, the work of both, and what the meters counted."""
+    with Work() as work:
+        for _ in range(2):
+            fox.zero_grad(set_to_none=True)
+            loss = run(*data)
+            loss.backward()
+    taken = [layer.meter.take() for layer in fox.attention_layers()]
+    counts = [(c.calls, c.kept_by_head.tolist(), c.causal_by_head, c.query_blocks, c.traffic) for c in taken]
+    return loss.detach(), {n: p.grad.clone() for n, p in fox.named_parameters()}, work, counts
+
+
+def compare(got, expected, tolerance):
+    assert relative(got[0], expected[0]) <= tolerance
+    for name, grad in expected[1].items():
+        assert relative(got[1][name], grad) <= tolerance, name
+    assert got[2:] == expected[2:]
+
+
+def whole_model(config, data, backend, device="cpu", **options):
+    """(compiled, eager, graphs): two steps of each."""
+    eager, fox = (built(config, acp=Acp(), **options).to(device) for _ in range(2))
+    counter = CompileCounterWithBackend(backend)
+    compiled = two_steps(fox, torch.compile(fox, fullgraph=True, backend=counter), data)
+    return compiled, two_steps(eager, eager, data), counter.frame_count
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("options", [{}, {"kind": "llama", "rope": True, "kv_heads": 2}], ids=["pro", "llama"])
+def test_a_compiled_model_is_the_model(options, checkpointing):
+    compiled, eager, graphs = whole_model(
+        small(**options), batch(), "aot_eager", activation_checkpointing=checkpointing
+    )
+    compare(compiled, eager, ROUNDING["aot_eager"])
+    assert graphs == 1
+    assert eager[2] == {"forward": 4, "backward": 4, "swaps": 0}, "two layers, two steps, nothing twice"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_the_model(monkeypatch):
+    monkeypatch.undo()  # inductor's own passes use torch.empty, and expect no fill in it
+    config = small(layers=1)
+    compiled, eager, graphs = whole_model(config, batch(256), "inductor", activation_checkpointing=True)
+    compare(compiled, eager, ROUNDING["inductor"])
+    assert graphs == 1
+
+
+def test_compiled_blocks_under_eager_checkpoints():
+    """As training does it: blocks are compiled in place, more of them than graphs that one function may have."""
+    config = small(layers=10)
+    eager, fox = (built(config, acp=Acp(), activation_checkpointing=True) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in fox.blocks:
+        block.compile(fullgraph=True, backend=counter)
+    assert list(fox.state_dict()) == list(eager.state_dict())
+    compare(two_steps(fox, fox, batch()), two_steps(eager, eager, batch()), ROUNDING["aot_eager"])
+    assert counter.frame_count == 1, "all blocks share one graph"
+
+
+# ---- over ranks
+
+
+def attend(rank, size, layout, schedule):
+    """Relative differences of compiled attention from eager, and whether the counts agree."""
+    torch._dynamo.reset()
+    tensors = [shard(x, rank, size, layout).clone() for x in inputs(2, 1024, 4, 2, 16)]
+    cp = ContextParallel(dist.group.WORLD, layout, schedule)
+
+    def fn(*tensors):
+        out, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), cp=cp, backend="torch", return_stats=True)
+        return out, stats.kept_by_head, stats.counts
+
+    counter = CompileCounterWithBackend("aot_eager")
+    found = []
+    for run in (fn, *[torch.compile(fn, fullgraph=True, backend=counter)] * 2):
+        own = [x.clone().requires_grad_() for x in tensors]
+        out, kept, counts = run(*own)
+        found.append([out, *torch.autograd.grad(out.square().sum(), own), kept, counts])
+    eager, *compiled = found
+    return [[torch.equal(a, b) for a, b in zip(again, eager)] for again in compiled], counter.frame_count
+
+
+@pytest.mark.parametrize("layout, schedule", [("zigzag", "ring"), ("contiguous", "gather")])
+def test_compiled_attention_over_ranks_has_the_same_bits(ranks, layout, schedule):
+    for same, graphs in ranks(2, attend, layout, schedule):
+        assert all(map(all, same)), same
+        assert graphs == 1
+
+
+def model_on_rank(rank, size, checkpointing):
+    torch._dynamo.reset()
+    cp = ContextParallel(dist.group.WORLD, "zigzag")
+    data = [shard(x, rank, size, "zigzag") for x in batch(documents=(0, 170))]
+    return whole_model(small(), data, "aot_eager", cp=cp, activation_checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_over_ranks_communicates_as_the_model(ranks, checkpointing):
+    """Recomputation repeats neither attention nor an exchange: not the K/V shift's either."""
+    for compiled, eager, graphs in ranks(2, model_on_rank, checkpointing):
+        compare(compiled, eager, ROUNDING["aot_eager"])
+        assert graphs == 1
+        assert eager[2]["forward"] == 4
+        assert eager[2]["swaps"] > 8
+
+
+# ---- training
+
+
+def train_compiled(rank, size, values, folder, variants):
+    """`curves`, with the operations of compiled graphs run one by one: compiling takes longer than the steps."""
+    real = torch.nn.Module.compile
+    torch._dynamo.reset()
+    torch.nn.Module.compile = functools.partialmethod(real, backend="aot_eager")
+    try:
+        return curves(rank, size, values, folder, variants)
+    finally:
+        torch.nn.Module.compile = real
+
+
+def test_training_compiled_gives_the_same_curve_and_continues_either_way(ranks, tmp_path):
+    values = tree(write_data(tmp_path / "data"), "", train__steps=4, parallel__cp=2, checkpoint__every=2) | {"acp": {}}
+    plain = {"train.activation_checkpointing": True}
+    variants = [plain, {**plain, "train.compile": True}, {"train.compile": True, "parallel.zero": 2}]
+    reference, *others = ranks(2, train_compiled, values, tmp_path, variants)[0]
+    for curve in others:
+        assert torch.allclose(torch.tensor(curve), torch.tensor(reference), rtol=1e-5, atol=0)
+    longer = [{**variant, "train.steps": 6} for variant in (variants[1], variants[0])]
+    eager, compiled = ranks(2, train_compiled, values, tmp_path, longer)[0]
+    assert len(eager) == len(compiled) == 6
+    assert torch.allclose(torch.tensor(eager), torch.tensor(compiled), rtol=1e-5, atol=0)

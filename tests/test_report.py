@@ -1,13 +1,10 @@
-"""What a run leaves to read: report, sinks, benchmark."""
+"""What a run leaves to read: report and sinks."""
 
 import json
 
 import pytest
-import torch
 
 from foxdist import report
-from foxdist.bench import __main__ as bench
-from foxdist.bench import attention as attention_bench
 from foxdist.log import log
 from foxdist.sinks import _flat, _open_jsonl
 
@@ -96,50 +93,3 @@ def test_lists_become_names_for_wandb():
         "y_by_head(%)/layer00/head00": 1.0,
         "y_by_head(%)/layer01/head00": 2.0,
     }
-
-
-def test_benchmark_prints_a_table(tmp_path, capsys):
-    arguments = [
-        "attention",
-        "--device",
-        "cpu",
-        "--lengths",
-        "256",
-        "512",
-        "--heads",
-        "2",
-        "--dim",
-        "16",
-        "--repeats",
-        "1",
-    ]
-    assert bench.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("\n|") == 3
-    assert [r["tokens"] for r in json.loads((tmp_path / "out.json").read_text())] == [256, 512]
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--lengths", "0"], ["--heads", "-1"], ["--repeats", "0"], ["--json", "/nowhere/x"]]
-)
-def test_mistakes_of_the_benchmark_are_named(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["attention", "--device", "cpu", *arguments])
-    assert f"argument {arguments[0]}" in capsys.readouterr().err
-
-
-def test_benchmark_refuses_when_attention_is_wrong(monkeypatch, capsys):
-    real = attention_bench.forgetting_attention
-    monkeypatch.setattr(attention_bench, "forgetting_attention", lambda *a, **k: real(*a, **k) * 1.01)
-    assert bench.main(["attention", "--device", "cpu", "--lengths", "256"]) == 1
-    captured = capsys.readouterr()
-    assert "no time is reported" in captured.err
-    assert not captured.out
-
-
-def test_gates_of_the_benchmark_are_what_they_say():
-    kept = {
-        name: attention_bench.measure(torch.device("cpu"), 4, 16, 4096, name, 1)["tiles_kept(%)"]
-        for name in ("initial", "local", "open")
-    }
-    assert kept["initial"] < kept["local"] < kept["open"] == 100

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 BOUNDS = ("paper",)
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +72,24 @@ def start_blocks(
     start = torch.searchsorted(-base[..., 1:].contiguous(), edge.contiguous(), right=False)
     own = torch.arange(first.shape[-1], device=first.device)
     return torch.minimum(start, own).to(torch.int32)
+
+
+def reference_room(weights: torch.dtype, length: int) -> float:
+    """The most powers of two that exp(2 U) may span in `bounded_heads`; length: keys in the whole sequence (L).
+
+    weights: dtype of the attention weights. Each is at most exp(2 U) over the least that the diagonal key can have.
+    """
+    if weights == torch.float16:
+        return 15.0  # one weight stays below 65504; sums of them are float32
+    # A row's sum, L exp(2 U), stays below 2^100: of the 127 powers of float32 and bfloat16, 27 are left for |v|.
+    return 100.0 - math.log2(length)
+
+
+def bounded_heads(bound: torch.Tensor, shape: tuple[int, int], acp: Acp | None, room: float) -> torch.Tensor:
+    """[B, H] int32, shape = (B, H): 1 where softmax may take a fixed reference in place of the running maximum.
+
+    bound: U, broadcastable to [B, H], float64. room: `reference_room`. 0 when `acp` is None: then no bound is known.
+    """
+    if acp is None:
+        return torch.zeros(shape, dtype=torch.int32, device=bound.device)
+    return (bound * (2 * LOG2E) <= room).to(torch.int32).expand(shape).contiguous()

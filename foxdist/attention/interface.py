@@ -1,14 +1,15 @@
-"""The public attention function: checks its arguments, chooses the tile implementation, calls the autograd function."""
+"""The public attention function: checks its arguments, chooses the tile implementation, calls the operator."""
 
 import torch
 
 from foxdist.attention.acp import Acp
-from foxdist.attention.ring import Call, RingAttention
+from foxdist.attention.backends import choose_backend
+from foxdist.attention.operators import attention
+from foxdist.attention.ring import own_blocks
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.transport import ContextParallel
 from foxdist.layout import BLOCK, chunk_count
 
-BACKENDS = ("auto", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +34,10 @@ def forgetting_attention(
     scale: factor of q.k. Default: D ** -0.5.
     acp: what may be pruned. Default: None, nothing.
     cp: the ranks that share the sequence; every one of them must call. Default: None, this process holds all of it.
-    backend: "torch" (any device), or "auto" for the fastest that applies. Default: "auto".
+    backend: "gluon" (Hopper GPUs, bfloat16 or float16, D 64 or 128), "triton" (CUDA GPUs, D 16 to 256 in powers of 2),
+        "torch" (anything), or "auto" for the first of these that applies, which the log says once. Default: "auto".
+        Kernels read q, k and v where they are if rows begin at multiples of 16 bytes and D is the innermost, contiguous
+        dimension, and copies of them otherwise.
     return_stats: also return what was kept and sent. Default: False.
 
     Returns out [B, T, H, D] in q's dtype, differentiable in q, k, v and log_f, and `AttentionStats` if asked for.
@@ -42,8 +46,7 @@ def forgetting_attention(
     alone and leave the others waiting.
     """
     _check(q, k, v, log_f, cp)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: unknown; must be one of {', '.join(BACKENDS)}; use 'auto'")
+    runs = choose_backend(backend, q.device, q.dtype, q.shape[3])
     if acp is not None and isinstance(acp.logit_bound, torch.Tensor) and acp.logit_bound.shape != q.shape[2:3]:
         raise ValueError(
             f"acp.logit_bound: shape {list(acp.logit_bound.shape)}; must be [{q.shape[2]}], one for each query head; "
@@ -51,8 +54,10 @@ def forgetting_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cp = cp if cp is not None and cp.size > 1 else None
-    out, stats = RingAttention.apply(q, k, v, log_f, Call(scale, acp, cp, "torch"))
-    return (out, stats) if return_stats else out
+    out, start, counts = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)
+    if not return_stats:
+        return out
+    return out, AttentionStats(start, own_blocks(start.shape[-1], cp, start.device), counts, runs.name, runs.reason)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:
@@ -80,8 +85,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tenso
             f"log_f: {log_f.dtype} {list(log_f.shape)} on {log_f.device}; must be torch.float32 [{B}, {T}, {H}] on "
             f"{q.device}; compute the log of the gate in float32, one for each query head"
         )
-    if not log_f.is_cuda and bool((log_f > 0).any()):
-        raise ValueError("log_f: holds positive values; must be <= 0; use logsigmoid")
     if cp is not None and cp.size > 1:
         own = chunk_count(cp.size, cp.layout) // cp.size
         if T % (own * BLOCK):

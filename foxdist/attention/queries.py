@@ -16,12 +16,13 @@ class Queries(NamedTuple):
     scale: float
 
 
-class Upstream(NamedTuple):
-    """What backward needs of the finished output, over all pools."""
+class Prepared(NamedTuple):
+    """What backward needs of the finished output: the same for every pool that the queries met."""
 
     grad: torch.Tensor  # [B, T, H, D], of the output
-    lse2: torch.Tensor  # [B, H, n, BLOCK] float32
-    delta: torch.Tensor  # [B, H, n, BLOCK] float32, rowsum(out * grad)
+    rowterm: torch.Tensor  # [B, H, n, BLOCK] float32: what a query adds to the exponent of its weights, base 2: -lse2,
+    # and c_in * log2(e) too in kernels of low precision, whose logits leave the row part out
+    delta: torch.Tensor  # [B, H, n, BLOCK] float32, rowsum(out * grad); 0 past the end of the sequence
 
 
 class QueryGrads(NamedTuple):

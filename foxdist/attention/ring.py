@@ -1,4 +1,4 @@
-"""Forgetting attention over the ranks of a group: the one autograd function, its forward and its backward.
+"""Forgetting attention over the ranks of a group: its forward and its backward, which operators.py gives to autograd.
 
 Forward, on every rank:
 
@@ -14,20 +14,17 @@ gradient is a suffix sum over the sequence: per-block sums are gathered, as in t
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
-from foxdist.attention import gates, tiles
-from foxdist.attention.acp import Acp, largest_norms, measured_bound, start_blocks
+from foxdist.attention import boundary, tiles
+from foxdist.attention.acp import Acp, largest_norms, measured_bound
 from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
-from foxdist.attention.queries import Queries, Upstream
-from foxdist.attention.replay import remember
-from foxdist.attention.stats import AttentionStats, Traffic
+from foxdist.attention.queries import Queries
+from foxdist.attention.stats import Traffic, counts_of
 from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
 from foxdist.layout import blocks_of, chunk_count, unshard
 
@@ -50,75 +47,52 @@ class Result:
     lse2: torch.Tensor  # [B, H, n, BLOCK] float32, base-2 log
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64
+    start: torch.Tensor  # [B, H, N] int32
     plan: Plan | None
-    stats: AttentionStats
 
 
-class RingAttention(torch.autograd.Function):
-    """(q, k, v, log_f, call) -> (out, stats)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, AttentionStats]:
-        with _as_written(q):
-            result = remember(lambda: _forward(q, k, v, log_f, call))
-        ctx.call, ctx.base, ctx.plan, ctx.stats = call, result.base, result.plan, result.stats
-        ctx.save_for_backward(q, k, v, result.out, result.lse2, result.c_in)
-        # A fresh alias: `remember` may hold the result, which must not hold this node's graph.
-        return result.out.detach(), result.stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse2, c_in = ctx.saved_tensors
-        result = Result(out, lse2, c_in, ctx.base, ctx.plan, ctx.stats)
-        with _as_written(q):
-            return *_backward(q, k, v, result, grad, ctx.call), None
-
-
-def _as_written(like: torch.Tensor) -> torch.autocast:
-    """Every product in the dtype it is written in: inside a caller's autocast it would be rounded to bf16."""
-    return torch.autocast(like.device.type, enabled=False)
-
-
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call) -> Result:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
+) -> tuple[Result, torch.Tensor]:
+    """Attention of this rank's queries, and the call's `counts` (see stats.py)."""
     length, cp = q.shape[1], call.cp
-    c_in = gates.block_sums(log_f)
-    table = _whole(gates.block_table(c_in), cp)
-    base = gates.bases(table)
     keys = length * (cp.size if cp else 1)
-    start = start_blocks(base, table[..., 1], call.acp, _logit_bound(q, k, call), keys)
-
+    c_in, base, start, bounded = boundary.find_boundary(
+        log_f, call.acp, _logit_bound(q, k, call), keys, q.dtype, lambda x: _whole(x, cp), call.backend
+    )
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     plan = _plan(start, k.shape[2], cp)
     rounds = Rounds(plan, cp, pool)
     rounds.post()
-    partial = tiles.forward(queries, pool, own)
+    several = rounds.posted is not None
+    partial = tiles.forward(call.backend, queries, pool, own, bounded, None, partial=several)
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
-        partial = tiles.forward(queries, arrived, route.table, partial)
+        partial = tiles.forward(call.backend, queries, arrived, route.table, bounded, partial, partial=True)
 
-    stats = _stats(start, pool, plan, cp, rounds.swaps, call.backend)
-    return Result(partial.out.to(q.dtype), partial.lse2, c_in, base, plan, stats)
+    result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, plan)
+    return result, _counts(start, pool, plan, cp, rounds.swaps)
 
 
-def _backward(
+def backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, result: Result, grad: torch.Tensor, call: Call
 ) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v and log_f, in the dtype of each."""
     length, cp = q.shape[1], call.cp
-    queries, pool, own = _local(q, k, v, result.c_in, result.base, result.stats.start, call)
-    delta = gates.to_blocks((result.out.float() * grad.float()).sum(-1))
-    upstream = Upstream(grad, result.lse2, delta)
+    queries, pool, own = _local(q, k, v, result.c_in, result.base, result.start, call)
+    prepared = tiles.prepare(call.backend, result.out, grad, result.c_in, result.lse2)
     rounds = Rounds(result.plan, cp, pool)
     rounds.post()
-    of_queries, of_pool = tiles.backward(queries, pool, own, upstream)
+    several = rounds.posted is not None  # of which this rank may lend and not borrow: its own sums go on, too
+    of_queries, of_pool = tiles.backward(call.backend, queries, pool, own, prepared, None, partial=several)
     going_home: list[tuple[Swap, Route]] = []
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
-        of_queries, of_lent = tiles.backward(queries, arrived, route.table, upstream, of_queries)
+        of_queries, of_lent = tiles.backward(
+            call.backend, queries, arrived, route.table, prepared, of_queries, partial=True
+        )
         for returned in going_home:  # the stage before: it travelled during this one's products
             take_back(*returned, of_pool)
         going_home = [(rounds.give_back(route, of_lent), route)]
@@ -126,9 +100,11 @@ def _backward(
         take_back(*returned, of_pool)
 
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
-    dlog_f = _gate_gradient(of_queries.row + of_pool.c_in, queries.blocks, cp)
+    dlog_f = boundary.gate_gradient(
+        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp), call.backend
+    )
     gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
-    return *gradients, gates.from_blocks(dlog_f, length)
+    return *gradients, dlog_f
 
 
 def _local(
@@ -141,18 +117,21 @@ def _local(
     call: Call,
 ) -> tuple[Queries, Pages, BlockTable]:
     """This rank's queries, its own K and V as a pool, and the table of that pool."""
-    blocks = _own_blocks(start.shape[-1], call.cp, q.device)
+    blocks = own_blocks(start.shape[-1], call.cp, q.device)
     queries = Queries(q, c_in, base, start[:, :, blocks], blocks, call.scale)
     return queries, Pages(k, v, c_in), own_table(len(k), k.shape[2], blocks)
 
 
-def _own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
+def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
     """[n] int64: the blocks of the sequence, of `total`, that this rank owns."""
-    return _blocks_on(device, *((cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")))
+    where = (cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")
+    if torch.compiler.is_compiling():  # which would warn that it sees through the cache, and make them in its graph
+        return blocks_of(*where, device)
+    return _blocks_on(*where, device)
 
 
 @lru_cache(maxsize=64)
-def _blocks_on(device: torch.device, rank: int, size: int, total: int, layout: str) -> torch.Tensor:
+def _blocks_on(rank: int, size: int, total: int, layout: str, device: torch.device) -> torch.Tensor:
     return blocks_of(rank, size, total, layout).to(device)
 
 
@@ -161,12 +140,11 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
     return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
 
 
-def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
-    """U, float64, broadcastable to [B, H]: as given, or measured over all ranks."""
-    if call.acp is None:
-        return torch.zeros((), dtype=torch.float64, device=q.device)
-    if call.acp.logit_bound is not None:
-        return torch.as_tensor(call.acp.logit_bound, dtype=torch.float64, device=q.device)
+def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float:
+    """U, a number or float64 and broadcastable to [B, H]: as given, or measured over all ranks."""
+    given = call.acp.logit_bound if call.acp else 0.0
+    if given is not None:
+        return given.to(q.device, torch.float64) if isinstance(given, torch.Tensor) else given
     norms = largest_norms(q, k)
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 
@@ -181,25 +159,13 @@ def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Pla
     return make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
 
 
-def _gate_gradient(dc: torch.Tensor, blocks: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
-    """dlog f [B, H, n, BLOCK] from dc of this rank's blocks: the suffix sum over the whole sequence."""
-    sums = _whole(dc.double().sum(-1), cp)  # [B, H, N]
-    later = sums.flip(-1).cumsum(-1).flip(-1) - sums
-    return gates.gate_gradient(dc, later[:, :, blocks])
-
-
-def _stats(
-    start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap], backend: str
-) -> AttentionStats:
+def _counts(
+    start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap]
+) -> torch.Tensor:
     rows, _, total = start.shape
-    on_host = _own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
-    return AttentionStats(
-        start=start,
-        blocks=_own_blocks(total, cp, start.device),
-        causal_by_head=rows * int((on_host + 1).sum()),
-        backend=backend,
-        traffic=_traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic(),
-    )
+    on_host = own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
+    traffic = _traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic()
+    return counts_of(rows * int((on_host + 1).sum()), rows * len(on_host), traffic)
 
 
 def _traffic(plan: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:

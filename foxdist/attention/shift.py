@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from foxdist.attention.replay import remember
-from foxdist.attention.transport import ContextParallel, Swap
+from foxdist.attention.transport import ContextParallel, Swap, context_parallel
 from foxdist.layout import chunk_count, chunks_of, owner_of
 
 
@@ -26,7 +26,7 @@ class _PreviousToken(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
         ctx.cp = cp
         chunks = _split(x, cp)  # [B, chunks, T / chunks, F]
-        before = remember(lambda: _hand_over(chunks[:, :, -1], cp, 1))
+        before = _hand_over(chunks[:, :, -1], cp, 1)
         return torch.cat([before[:, :, None], chunks[:, :, :-1]], 2).flatten(1, 2)
 
     @staticmethod
@@ -44,8 +44,17 @@ def _split(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
 
 def _hand_over(rows: torch.Tensor, cp: ContextParallel | None, step: int) -> torch.Tensor:
     """Gives each chunk's row [B, chunks, F] to the chunk `step` further; returns what comes in, or 0."""
-    if cp is None:
-        return torch.zeros_like(rows)
+    return torch.zeros_like(rows) if cp is None else torch.ops.foxdist.hand_over.default(rows, step, cp.key)
+
+
+def _operator(rows: torch.Tensor, step: int, key: str) -> torch.Tensor:
+    cp = context_parallel(key)
+    assert cp is not None
+    (arrived,) = remember(lambda: (_exchange(rows, cp, step),))
+    return arrived
+
+
+def _exchange(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tensor:
     rank, size, layout = cp.rank, cp.size, cp.layout
     own, count = chunks_of(rank, size, layout), chunk_count(size, layout)
     # Both sides list a pair's chunks in ascending order of the sender's chunk.
@@ -58,6 +67,13 @@ def _hand_over(rows: torch.Tensor, cp: ContextParallel | None, step: int) -> tor
         [sum(peer == p for peer, _ in outgoing) for p in range(size)],
         [sum(peer == p for peer, _ in incoming) for p in range(size)],
     )
-    arrived = torch.zeros_like(rows)
+    arrived = rows.new_zeros(rows.shape)
     arrived[:, [i for _, i in incoming]] = swap.wait().movedim(0, 1)
     return arrived
+
+
+# As in operators.py. Its derivative is that of `previous_token`, the only caller.
+_library = torch.library.Library("foxdist", "FRAGMENT")
+_library.define("hand_over(Tensor rows, int step, str cp) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("hand_over", _operator, "CompositeExplicitAutograd")
+torch.library.register_fake("foxdist::hand_over", lambda rows, step, cp: rows.new_empty(rows.shape), lib=_library)

@@ -1,10 +1,9 @@
 """What attention calls kept and sent. Taking a count never waits for the device; reading one may."""
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, fields
 
 import torch
-
-from foxdist.attention.replay import replaying
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,16 @@ class Traffic:
         return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
+def counts_of(causal_by_head: int, query_blocks: int, traffic: Traffic) -> torch.Tensor:
+    """What the host knows of one call, as int64 numbers that add up over calls: 1, tiles of one head that causality
+    allows, query blocks of one head (both over the batch), and the fields of `traffic`."""
+    return torch.tensor([1, causal_by_head, query_blocks, *astuple(traffic)], device="cpu")
+
+
+COUNTS = 3 + len(fields(Traffic))
+"""How many numbers `counts_of` holds."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionStats:
     """Counts of one rank in one forward."""
@@ -42,11 +51,22 @@ class AttentionStats:
     """[B, H, N] int32, of the whole sequence: the first block that each query block keeps."""
     blocks: torch.Tensor
     """[n] int64: the query blocks that this rank owns."""
-    causal_by_head: int
-    """Tiles of one head that causality allows for this rank's queries, over the batch."""
+    counts: torch.Tensor
+    """[COUNTS] int64 on the host, see `counts_of`."""
     backend: str
     """The tile implementation that ran."""
-    traffic: Traffic = Traffic()
+    reason: str = ""
+    """Why none of the faster ones did, if the choice was free."""
+
+    @property
+    def causal_by_head(self) -> int:
+        """Tiles of one head that causality allows for this rank's queries, over the batch."""
+        return int(self.counts[1])
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank handed to the transport."""
+        return Traffic(*self.counts[3:].tolist())
 
     @property
     def kept_by_head(self) -> torch.Tensor:
@@ -75,38 +95,43 @@ class AttentionStats:
         return self.traffic.bytes_dense
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Counts:
     """Sums over the calls of one attention layer on one rank."""
 
-    calls: int = 0
-    kept_by_head: torch.Tensor | int = 0
-    """[H] tiles kept, on the device."""
-    causal_by_head: int = 0
+    calls: int
+    kept_by_head: torch.Tensor
+    """[H] int64, tiles kept, on the device."""
+    causal_by_head: int
     """Tiles of one head that causality allows."""
-    query_blocks: int = 0
+    query_blocks: int
     """Query blocks of one head."""
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: Traffic
 
 
-class Meter:
-    """The counts of one attention layer since they were last taken."""
+class Meter(nn.Module):
+    """The counts of one attention layer since they were last taken.
 
-    def __init__(self) -> None:
-        self._counts = Counts()
+    A module so that its tensors follow the model to a device; they are no part of the model's state. Adding is in place
+    and of tensors only: a compiled model adds as an eager one does, without compiling again when a count has changed.
+    """
 
-    def add(self, stats: AttentionStats) -> None:
-        """Adds one call. A recomputation by activation checkpointing is the same call and adds nothing."""
-        if replaying():
-            return
-        counts = self._counts
-        counts.calls += 1
-        counts.kept_by_head = counts.kept_by_head + stats.kept_by_head
-        counts.causal_by_head += stats.causal_by_head
-        counts.query_blocks += stats.start.shape[0] * len(stats.blocks)
-        counts.traffic += stats.traffic
+    kept_by_head: torch.Tensor
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.register_buffer("kept_by_head", torch.zeros(heads, dtype=torch.int64), persistent=False)
+        self.counts = torch.zeros(COUNTS, dtype=torch.int64, device="cpu")  # no buffer: it stays on the host
+
+    def add(self, kept_by_head: torch.Tensor, counts: torch.Tensor) -> None:
+        """Adds what `AttentionStats` says of one call."""
+        self.kept_by_head += kept_by_head
+        self.counts += counts
 
     def take(self) -> Counts:
         """The counts, which start again from nothing."""
-        counts, self._counts = self._counts, Counts()
-        return counts
+        calls, causal, blocks, *traffic = self.counts.tolist()
+        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic))
+        self.counts.zero_()
+        self.kept_by_head.zero_()
+        return taken

@@ -1,27 +1,70 @@
-"""Attention of local query blocks over a pool of pages: one door to all implementations. Knows no ranks, no plan."""
+"""Attention of local query blocks over a pool of pages: one door to all implementations. Knows no ranks, no plan.
+
+`backend` is the name of one: "torch", or a family of kernels. Kernels are imported where they are used: Triton is not
+there on every machine.
+"""
 
 import torch
 
-from foxdist.attention import tiles_torch
+from foxdist.attention import gates, tiles_torch
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import BlockTable, Pages
-from foxdist.attention.queries import Queries, QueryGrads, Upstream
+from foxdist.attention.queries import Prepared, Queries, QueryGrads
 
 
-def forward(queries: Queries, pool: Pages, table: BlockTable, so_far: Partial | None = None) -> Partial:
-    """Attention over the pool, merged with `so_far`."""
-    if not len(pool.k) and so_far is not None:
-        return so_far
-    return tiles_torch.forward(queries, pool, table, so_far)
+def forward(
+    backend: str,
+    queries: Queries,
+    pool: Pages,
+    table: BlockTable,
+    bounded: torch.Tensor,
+    so_far: Partial | None,
+    *,
+    partial: bool,
+) -> Partial:
+    """Attention over the pool, merged with `so_far`, which is used up; without one, the pool is the rank's own.
+
+    bounded: [B, H] int32, heads whose logits leave room for a fixed softmax reference. partial: more pools may follow;
+    out is float32 then, else it has q's dtype.
+    """
+    if backend == "torch":
+        result = tiles_torch.forward(queries, pool, table, so_far)
+        return result if partial else result._replace(out=result.out.to(queries.q.dtype))
+    from foxdist.attention.kernels import launch
+
+    return launch.forward(backend, queries, pool, table, bounded, so_far, partial=partial)
+
+
+def prepare(backend: str, out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: torch.Tensor) -> Prepared:
+    """What backward needs of the finished output, over all pools. out, grad: [B, T, H, D]."""
+    if backend == "torch":
+        return Prepared(grad, -lse2, gates.to_blocks((out.float() * grad.float()).sum(-1)))
+    from foxdist.attention.kernels import preprocess
+
+    return preprocess.prepare(out, grad, c_in, lse2)
 
 
 def backward(
-    queries: Queries, pool: Pages, table: BlockTable, upstream: Upstream, so_far: QueryGrads | None = None
+    backend: str,
+    queries: Queries,
+    pool: Pages,
+    table: BlockTable,
+    prepared: Prepared,
+    so_far: QueryGrads | None,
+    *,
+    partial: bool,
 ) -> tuple[QueryGrads, Pages]:
-    """Gradients of the attention over the pool: the queries', added to `so_far`, and the pool's in float32.
+    """Gradients of the attention over the pool: the queries', added to `so_far`, which is used up, and the pool's.
 
-    The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part.
+    The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part. partial:
+    sums go on, in float32; else dq, dk and dv have the inputs' dtype.
     """
-    if not len(pool.k) and so_far is not None:
-        return so_far, Pages(*(torch.zeros_like(x, dtype=torch.float32) for x in pool))
-    return tiles_torch.backward(queries, pool, table, upstream, so_far)
+    if backend == "torch":
+        of_queries, of_pool = tiles_torch.backward(queries, pool, table, prepared, so_far)
+        if partial:
+            return of_queries, of_pool
+        k, v = (x.to(pool.k.dtype) for x in (of_pool.k, of_pool.v))
+        return of_queries._replace(q=of_queries.q.to(queries.q.dtype)), of_pool._replace(k=k, v=v)
+    from foxdist.attention.kernels import launch
+
+    return launch.backward(backend, queries, pool, table, prepared, so_far, partial=partial)

@@ -19,7 +19,7 @@ import torch
 from foxdist.attention import gates
 from foxdist.attention.merge import Partial, merge
 from foxdist.attention.pages import BlockTable, Pages
-from foxdist.attention.queries import Queries, QueryGrads, Upstream
+from foxdist.attention.queries import Prepared, Queries, QueryGrads
 from foxdist.layout import BLOCK
 
 LOG2_E = math.log2(math.e)
@@ -63,7 +63,7 @@ def forward(queries: Queries, pool: Pages, table: BlockTable, so_far: Partial | 
 
 
 def backward(
-    queries: Queries, pool: Pages, table: BlockTable, upstream: Upstream, so_far: QueryGrads | None
+    queries: Queries, pool: Pages, table: BlockTable, prepared: Prepared, so_far: QueryGrads | None
 ) -> tuple[QueryGrads, Pages]:
     """Gradients of the attention over the pool, float32: the queries', added to `so_far`, and the pool's.
 
@@ -71,13 +71,13 @@ def backward(
     """
     q = _blocks(queries.q).float() * (queries.scale * LOG2_E)
     k, v, c_pages = _blocks(pool.k).float(), _blocks(pool.v).float(), _c_pages(pool)
-    grad = _blocks(upstream.grad).float()
-    lse2, delta = upstream.lse2.flatten(0, 2), upstream.delta.flatten(0, 2)
-    dq, row = torch.zeros_like(q), torch.zeros_like(lse2)
+    grad = _blocks(prepared.grad).float()
+    rowterm, delta = prepared.rowterm.flatten(0, 2), prepared.delta.flatten(0, 2)
+    dq, row = torch.zeros_like(q), torch.zeros_like(rowterm)
     dk, dv, dc = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(c_pages)
     for batch in _batches(queries, table):
         logits = _logits(q, k, queries, c_pages, batch)
-        weights = logits.sub_(lse2[batch.query][..., None]).exp2_()
+        weights = logits.add_(rowterm[batch.query][..., None]).exp2_()
         above = grad[batch.query]
         ds = torch.bmm(above, v[batch.page].mT).sub_(delta[batch.query][..., None]).mul_(weights)
         if batch.diagonal:  # a query with one key has no gradient here, but dp and delta are rounded differently

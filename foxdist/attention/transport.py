@@ -13,6 +13,8 @@ import torch.distributed as dist
 from foxdist.attention.plan import SCHEDULES, Schedule
 from foxdist.layout import LAYOUTS, Layout
 
+_known: dict[str, "ContextParallel"] = {}
+
 
 @dataclass(frozen=True)
 class ContextParallel:
@@ -30,6 +32,12 @@ class ContextParallel:
                 raise ValueError(
                     f"parallel.{name}={value!r}: unknown; must be one of {', '.join(known)}; correct the name"
                 )
+        _known[self.key] = self
+
+    @property
+    def key(self) -> str:
+        """What stands for this object among the arguments of an operator, which are tensors and plain values."""
+        return f"{self.group.group_name}/{self.layout}/{self.schedule}/{self.overlap}"
 
     @property
     def rank(self) -> int:
@@ -40,6 +48,11 @@ class ContextParallel:
     def size(self) -> int:
         """P, the number of ranks in the group."""
         return dist.get_world_size(self.group)
+
+
+def context_parallel(key: str) -> ContextParallel | None:
+    """The newest object with that `key`; None for the empty key, which stands for one process alone."""
+    return _known[key] if key else None
 
 
 class Swap:

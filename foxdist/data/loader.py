@@ -122,6 +122,16 @@ class Loader:
         self._loader.load_state_dict(state)
 
 
+def one_sequence(path: Path, prepared: Prepared, index: int) -> Batch:
+    """A stored sequence as a batch of one; needs no process group. Raises `ConfigError` if there are not so many."""
+    if not 0 <= index < prepared.sequences:
+        raise ConfigError(
+            f"data.path={path}: has no sequence {index}; must be 0 to {prepared.sequences - 1}; choose another"
+        )
+    dataset = import_streaming().LocalDataset(local=str(path))
+    return Batch(**_collate([dataset[index]], prepared.end))
+
+
 def _collate(samples: list[dict[str, Any]], end: int) -> dict[str, torch.Tensor]:
     rows = [shifted(s["tokens"], s["starts"], s["used"], end) for s in samples]
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

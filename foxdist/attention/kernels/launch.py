@@ -9,11 +9,10 @@ from types import ModuleType
 import torch
 
 from foxdist.attention.kernels.operands import aligned
-from foxdist.attention.kernels.preprocess import Prepared
 from foxdist.attention.kernels.schedule import make_schedule
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import BlockTable, Pages
-from foxdist.attention.queries import Queries, QueryGrads
+from foxdist.attention.queries import Prepared, Queries, QueryGrads
 
 
 def forward(
@@ -29,12 +28,14 @@ def forward(
     """Attention over the pool, merged with `so_far`, whose float32 tensors are used up.
 
     Without `so_far` the pool is the rank's own, which comes first: every query block's diagonal is in it. bounded:
-    [B, H] int32, heads whose logits are bounded, or None. partial: more pools follow, and the output stays float32;
-    else it has the inputs' dtype.
+    [B, H] int32, heads whose softmax takes a fixed reference, or None. partial: more pools may follow, and the output
+    stays float32; else it has the inputs' dtype.
     """
+    if not len(pool.k) and so_far is not None:
+        return so_far
     queries, pool = _aligned(queries, pool)
     dtype = queries.q.dtype
-    if bounded is None or dtype == torch.float16:  # weights of up to exp(2 U): float16 ends at exp(11)
+    if bounded is None:
         bounded = queries.start.new_zeros(queries.start.shape[:2], dtype=torch.int32)
     into = so_far
     if into is None:
@@ -61,6 +62,8 @@ def backward(
     The column part of dc stands in `c_in` of the latter with its sign. partial: more sums follow, on both sides, and
     gradients stay float32; else they have the inputs' dtype. Gradients of pages that no slot holds are not written.
     """
+    if not len(pool.k) and so_far is not None:
+        return so_far, Pages(*(torch.zeros_like(x, dtype=torch.float32) for x in pool))
     queries, pool = _aligned(queries, pool)
     own, dtype = so_far is None, queries.q.dtype
     kept = torch.float32 if partial else dtype

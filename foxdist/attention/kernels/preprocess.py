@@ -1,23 +1,14 @@
 """What backward needs of each query, found once for all pools."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from foxdist.attention.kernels.operands import LOG2_E, aligned, descriptor, load_tile
+from foxdist.attention.queries import Prepared
 from foxdist.layout import BLOCK
 
 NUMBERS = 4096  # of a tile
-
-
-class Prepared(NamedTuple):
-    """The side of backward that is the same for every pool."""
-
-    grad: torch.Tensor  # [B, T, H, D], of the output
-    rowterm: torch.Tensor  # [B, H, n, BLOCK] float32: what a query adds to the exponent of its weights, base 2
-    delta: torch.Tensor  # [B, H, n, BLOCK] float32: rowsum(out * grad); 0 past the end of the sequence
 
 
 def prepare(out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: torch.Tensor) -> Prepared:

@@ -71,7 +71,7 @@ def backward_kv(
         schedule.last_query,
         schedule.query_base,
         schedule.slot_base,
-        schedule.slot_order,
+        schedule.slot_heads,
         queries.scale,
         kv_heads,
         schedule.query_base.shape[2],
@@ -106,7 +106,7 @@ def backward_q(
     """Writes the queries' gradients into `into`; with `add`, adds them to what `into` holds, which is float32 then."""
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_q
-    total = schedule.query_order.numel()
+    total = schedule.query_base.numel()
     _backward_q[(total * (BLOCK // tile.rows),)](
         descriptor(queries.q, tile.rows),
         descriptor(grad, tile.rows),
@@ -123,7 +123,7 @@ def backward_q(
         schedule.last_slot,
         schedule.query_base,
         schedule.slot_base,
-        schedule.query_order,
+        schedule.query_heads,
         queries.scale,
         heads,
         page.shape[1],
@@ -146,16 +146,16 @@ def backward_q(
 @triton.jit(do_not_specialize=["count", "slots"])
 def _backward_kv(
     q_tiles, grad_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, column_ptr, rowterm, delta, c_query_ptr, c_pool_ptr,
-    page_ptr, first_ptr, last_ptr, query_base_ptr, slot_base_ptr, order_ptr, scale,
+    page_ptr, first_ptr, last_ptr, query_base_ptr, slot_base_ptr, heads_ptr, scale,
     kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OWN: tl.constexpr, EXACT: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // COLUMNS
     TILES: tl.constexpr = BLOCK // ROWS
-    work = tl.load(order_ptr + tl.program_id(0) // PARTS) % (tl.num_programs(0) // PARTS)
-    row_head, slot = work // slots, work % slots
-    page = tl.load(page_ptr + work)
+    work = tl.program_id(0) // PARTS
+    row_head, slot = tl.load(heads_ptr + work // slots), work % slots
+    page = tl.load(page_ptr + row_head * slots + slot)
     if page < 0:
         return
     row, kv_head = row_head // kv_heads, row_head % kv_heads
@@ -240,16 +240,16 @@ def _meet_queries(
 @triton.jit(do_not_specialize=["count", "slots"])
 def _backward_q(
     q_tiles, grad_tiles, k_tiles, v_tiles, dq_tiles, row_ptr, rowterm_ptr, delta_ptr, c_query_ptr, c_pool_ptr,
-    page_ptr, first_ptr, last_ptr, query_base_ptr, slot_base_ptr, order_ptr, scale,
+    page_ptr, first_ptr, last_ptr, query_base_ptr, slot_base_ptr, heads_ptr, scale,
     heads, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OWN: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // ROWS
     TILES: tl.constexpr = BLOCK // COLUMNS
-    work = tl.load(order_ptr + tl.program_id(0) // PARTS) % (tl.num_programs(0) // PARTS)
+    work = tl.program_id(0) // PARTS
     part = PARTS - 1 - tl.program_id(0) % PARTS
-    row_head = work // count
+    row_head = tl.load(heads_ptr + work // count)
     m = count - 1 - work % count
     row, head = row_head // heads, row_head % heads
     first, last = tl.load(first_ptr + row_head * count + m), tl.load(last_ptr + row_head * count + m)

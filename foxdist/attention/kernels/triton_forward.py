@@ -42,7 +42,7 @@ def forward(
     """
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).forward
-    total = schedule.query_order.numel()
+    total = schedule.query_base.numel()
     _forward[(total * (BLOCK // tile.rows),)](
         descriptor(queries.q, tile.rows),
         descriptor(pool.k, tile.columns),
@@ -56,7 +56,7 @@ def forward(
         schedule.last_slot,
         schedule.query_base,
         schedule.slot_base,
-        schedule.query_order,
+        schedule.query_heads,
         bounded if own or merge else None,
         queries.scale,
         heads,
@@ -80,15 +80,15 @@ def forward(
 @triton.jit(do_not_specialize=["count", "slots"])
 def _forward(
     q_tiles, k_tiles, v_tiles, out_tiles, lse2_ptr, c_query_ptr, c_pool_ptr, page_ptr,
-    first_ptr, last_ptr, query_base_ptr, slot_base_ptr, order_ptr, bounded_ptr, scale,
+    first_ptr, last_ptr, query_base_ptr, slot_base_ptr, heads_ptr, bounded_ptr, scale,
     heads, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OWN: tl.constexpr, MERGE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // ROWS
-    work = tl.load(order_ptr + tl.program_id(0) // PARTS) % (tl.num_programs(0) // PARTS)
+    work = tl.program_id(0) // PARTS
     part = PARTS - 1 - tl.program_id(0) % PARTS
-    row_head = work // count
+    row_head = tl.load(heads_ptr + work // count)
     m = count - 1 - work % count
     row, head = row_head // heads, row_head % heads
     first, last = tl.load(first_ptr + row_head * count + m), tl.load(last_ptr + row_head * count + m)

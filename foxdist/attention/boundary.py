@@ -1,0 +1,80 @@
+"""From gates to what attention needs of them, and from dc back to the gates: one door to torch and to the kernels.
+
+Other ranks are behind `whole`, which the caller gives: from per-block values [B, H, n, ...] of this rank's blocks to
+[B, H, N, ...] of the whole sequence, in its order. It is called once in each function.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from foxdist.attention import gates
+from foxdist.attention.acp import Acp, bounded_heads, reference_room, start_blocks
+
+Whole = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Boundary(NamedTuple):
+    """What attention needs of the gates. c_in is of this rank's blocks, all else of the whole sequence."""
+
+    c_in: torch.Tensor  # [B, H, n, BLOCK] float32
+    base: torch.Tensor  # [B, H, N + 1] float64
+    start: torch.Tensor  # [B, H, N] int32
+    bounded: torch.Tensor  # [B, H] int32: 1 where softmax may take a fixed reference
+
+
+def find_boundary(
+    log_f: torch.Tensor,
+    acp: Acp | None,
+    bound: torch.Tensor | float,
+    length: int,
+    weights: torch.dtype,
+    whole: Whole,
+    backend: str,
+) -> Boundary:
+    """The sums of log_f [B, T, H] float32, and what `acp` prunes by them.
+
+    bound: U, a number or a float64 tensor that broadcasts to [B, H]; any where acp is None. length: keys in the whole
+    sequence. weights: dtype of the attention weights.
+    """
+    room = reference_room(weights, length)
+    if _in_kernels(log_f, backend):
+        from foxdist.attention.kernels import gates as kernels
+
+        c_in, table = kernels.block_sums(log_f)
+        log_eps = acp.log_eps if acp else None
+        return Boundary(c_in, *kernels.boundary(whole(table), bound, log_eps, math.log(length), room))
+    c_in = gates.block_sums(log_f)
+    table = whole(gates.block_table(c_in))
+    base = gates.bases(table)
+    bound = torch.as_tensor(bound, dtype=torch.float64, device=log_f.device)
+    start = start_blocks(base, table[..., 1], acp, bound, length)
+    return Boundary(c_in, base, start, bounded_heads(bound, (start.shape[0], start.shape[1]), acp, room))
+
+
+def gate_gradient(
+    row: torch.Tensor, column: torch.Tensor, blocks: torch.Tensor, length: int, whole: Whole, backend: str
+) -> torch.Tensor:
+    """dlog f [B, T, H] float32, T = length, from the parts of dc = row + column of this rank's blocks.
+
+    row, column: [B, H, n, BLOCK] float32, zero beyond T. blocks: [n] int64, where they stand in the whole sequence.
+    """
+    if _in_kernels(row, backend):
+        from foxdist.attention.kernels import gates as kernels
+
+        through = whole(kernels.dc_sums(row, column)).cumsum(-1)
+        return kernels.gate_gradient(row, column, through, blocks, length)
+    dc = row.double() + column.double()
+    sums = whole(dc.sum(-1))
+    later = sums.flip(-1).cumsum(-1).flip(-1) - sums
+    return gates.from_blocks(gates.gate_gradient(dc, later[:, :, blocks]), length)
+
+
+def _in_kernels(x: torch.Tensor, backend: str) -> bool:
+    """Any GPU runs these kernels; on a CPU only a backend that asks for Triton's interpreter does.
+
+    They are imported where they are used: Triton is not there on every machine, and CPU runs do without.
+    """
+    return x.is_cuda or backend != "torch"

@@ -1,0 +1,313 @@
+"""dQ and the row sums of dS for Hopper, warp-specialised, without atomics: work is a block of queries.
+
+As in `gluon_backward_kv`, row sums are products with ones of the same rounded dS that dQ is made from.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from foxdist.attention.kernels.gluon_common import (
+    AHEAD,
+    ALONE,
+    CONSUMER_REGISTERS,
+    LAUNCH,
+    LOG2_E,
+    PRODUCER_REGISTERS,
+    ROWS,
+    add_row_sums,
+    barriers,
+    hand_out,
+    no_sums,
+    ones_tile,
+    page_place,
+    programs,
+    receive,
+    scores_of,
+    tile_descriptor,
+    tma_load,
+    tma_store,
+    vector_descriptor,
+    work_buffer,
+)
+from foxdist.attention.kernels.schedule import Schedule
+from foxdist.attention.pages import Pages
+from foxdist.attention.queries import Queries, QueryGrads
+from foxdist.layout import BLOCK
+
+# By head dimension: buffers of K and V, buffers of Q and dO, Q and dO as register operands. See configs.py.
+VARIANTS = {64: {"ST": 3, "QB": 2, "AREG": True}, 128: {"ST": 2, "QB": 1, "AREG": False}}
+
+
+def backward_q(
+    queries: Queries,
+    pool: Pages,
+    schedule: Schedule,
+    page: torch.Tensor,
+    grad: torch.Tensor,
+    rowterm: torch.Tensor,
+    delta: torch.Tensor,
+    into: QueryGrads,
+    *,
+    own: bool,
+    add: bool,
+) -> None:
+    """Writes the gradients of the queries into `into`; with `add`, adds them to it. See `kernels.launch`."""
+    rows, length, heads, dim = queries.q.shape
+    count = queries.c_in.shape[2]
+    partial = into.q.dtype == torch.float32
+    total = rows * heads * count
+    q_kernel[(programs(queries.q.device, total),)](
+        tile_descriptor(queries.q, 64),
+        tile_descriptor(grad, 64),
+        tile_descriptor(pool.k, BLOCK),
+        tile_descriptor(pool.v, BLOCK),
+        vector_descriptor(pool.c_in, BLOCK),
+        tile_descriptor(queries.q if partial else into.q, 64),
+        into.q,
+        into.row,
+        rowterm,
+        delta,
+        schedule.query_base,
+        schedule.slot_base,
+        schedule.first_slot,
+        schedule.last_slot,
+        schedule.query_heads,
+        schedule.taken[2:],
+        page,
+        length,
+        heads,
+        page.shape[1],
+        count,
+        page.shape[2],
+        total,
+        pool.k.shape[2],
+        pool.c_in.shape[2],
+        queries.scale,
+        D=dim,
+        OWN=own,
+        PARTIAL=partial,
+        ADD=add,
+        **VARIANTS[dim],
+        **LAUNCH,
+    )
+
+
+@gluon.jit
+def _work(work, heads_ptr, first_ptr, last_ptr, count):
+    """(b * H + h, query block, first slot, last slot) of a piece of work."""
+    head = gl.load(heads_ptr + work // count)
+    m = count - 1 - work % count
+    at = head * count + m
+    return head, m, gl.load(first_ptr + at), gl.load(last_ptr + at)
+
+
+@gluon.jit
+def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr):
+    q_desc, do_desc, k_desc, v_desc, c_desc = descs
+    _, _, _, _, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
+    _, heads, kv_heads, count, slots, total, pool_heads, pool_blocks = sizes
+    q_s, do_s, k_s, v_s, c_s, _, work_s = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty = bars
+    group = heads // kv_heads
+    n = 0
+    it = 0
+    work = gl.atomic_add(taken_ptr, 1)
+    while work < total:
+        head, m, first, last = _work(work, heads_ptr, first_ptr, last_ptr, count)
+        page_row = page_ptr + (head // group) * slots
+        page = gl.load(page_row + gl.maximum(last, 0))
+        upcoming = -1
+        if last >= first:
+            hand_out(work, n, work_s, work_full, work_empty)
+            for i in range(last - first + 1):
+                st = it % ST
+                ph = ((it // ST) & 1) ^ 1
+                b, h, block = page_place(page, pool_heads, pool_blocks)
+                page = gl.load(page_row + gl.maximum(last - i - 1, 0))  # ahead of its use
+                if i == gl.maximum(last - first - AHEAD, 0):
+                    upcoming = gl.atomic_add(taken_ptr, 1)
+                mbarrier.wait(k_empty.index(st), ph)
+                mbarrier.expect(k_full.index(st), BN * D * 2 + BN * 4)
+                tma_load(k_desc, [b, block * BN, h, 0], k_full.index(st), k_s.index(st))
+                c_row = ((b * pool_heads + h) * group + head % group) * pool_blocks + block
+                tma_load(c_desc, [c_row * BN], k_full.index(st), c_s.index(st))
+                if i == 0:  # after the first K, which does not have to wait for the last outputs
+                    mbarrier.wait(q_empty.index(n % QB), ((n // QB) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(n % QB), 4 * ROWS * D * 2)
+                    for c in gl.static_range(2):
+                        at = [head // heads, m * 128 + c * ROWS, head % heads, 0]
+                        tma_load(q_desc, at, q_full.index(n % QB), q_s.index(n % QB * 2 + c))
+                        tma_load(do_desc, at, q_full.index(n % QB), do_s.index(n % QB * 2 + c))
+                mbarrier.wait(v_empty.index(st), ph)
+                mbarrier.expect(v_full.index(st), BN * D * 2)
+                tma_load(v_desc, [b, block * BN, h, 0], v_full.index(st), v_s.index(st))
+                it += 1
+            n += 1
+        if upcoming < 0:
+            upcoming = gl.atomic_add(taken_ptr, 1)
+        work = upcoming
+    hand_out(total, n, work_s, work_full, work_empty)
+
+
+@gluon.jit
+def _step(
+    it, q, do, row_term, row, dl, scale, smem, bars, dq, dr,
+    D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """One block of keys. `row` is the queries' place in the block, for MASK."""
+    _, _, k_s, v_s, c_s, ones, _ = smem
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    a_l: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]), 2)
+    column: gl.constexpr = gl.SliceLayout(0, s_l)
+    st = it % ST
+    s_next = scores_of(it, q, k_s, k_full, BN, ST)
+    dp_next = scores_of(it, do, v_s, v_full, BN, ST)
+    s = warpgroup_mma_wait(1, deps=(s_next,))
+    c = c_s.index(st).load(column)
+    p = gl.exp2((s * scale - c[None, :]) * LOG2_E + row_term[:, None])
+    if MASK:
+        p = gl.where(row[:, None] >= gl.arange(0, BN, layout=column)[None, :], p, 0.0)
+    # A barrier that has long completed, and p among the wait's operands: without both, the compilers move the
+    # exponentials behind the wait, where no product runs beside them.
+    mbarrier.wait(v_full.index(st), (it // ST) & 1)
+    dp, p = warpgroup_mma_wait(0, deps=(dp_next, p))
+    mbarrier.arrive(v_empty.index(st), count=1)
+    ds = p * (dp - dl[:, None])
+    if MASK:
+        ds = gl.where(p > ALONE, 0.0, ds)
+    rounded = ds.to(k_s.dtype)
+    dr_next = add_row_sums(rounded, ones, dr)
+    ds = gl.convert_layout(rounded, a_l)
+    dq_next = warpgroup_mma(ds, k_s.index(st), dq, is_async=True)
+    dq, dr, ds = warpgroup_mma_wait(0, deps=(dq_next, dr_next, ds))
+    mbarrier.arrive(k_empty.index(st), count=1)
+    return dq, dr
+
+
+@gluon.jit
+def _consumer(
+    outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
+    QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, ADD: gl.constexpr, AREG: gl.constexpr,
+):  # fmt: skip
+    r_ptr, dl_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, heads_ptr, _, _ = ptrs
+    _, _, _, count, slots, total, _, _ = sizes
+    q_s, do_s, work_s = smem[0], smem[1], smem[6]
+    q_full, q_empty, work_full, work_empty = bars[0], bars[1], bars[6], bars[7]
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    row = C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
+    n = 0
+    it = 0
+    work = receive(0, work_s, work_full, work_empty)
+    while work < total:
+        head, m, first, last = _work(work, heads_ptr, first_ptr, last_ptr, count)
+        at = head * count + m
+        place = at.to(gl.int64) * 128 + row
+        r = gl.load(r_ptr + place)
+        dl = gl.load(dl_ptr + place)
+        query_base = gl.load(query_base_ptr + at)
+        bases = slot_base_ptr + head * slots
+        base = gl.load(bases + last)
+        dq = gl.zeros([64, D], gl.float32, o_l)
+        dr = no_sums()
+        q_tile = q_s.index(n % QB * 2 + C)
+        do_tile = do_s.index(n % QB * 2 + C)
+        mbarrier.wait(q_full.index(n % QB), (n // QB) & 1)
+        if AREG:
+            q = q_tile.load(gl.DotOperandLayout(0, s_l, 2))
+            do = do_tile.load(gl.DotOperandLayout(0, s_l, 2))
+        else:
+            q = q_tile
+            do = do_tile
+        if OWN:  # the diagonal block
+            dq, dr = _step(it, q, do, r, row, dl, scale, smem, bars, dq, dr, D, BN, ST, True)
+            base = gl.load(bases + gl.maximum(last - 1, 0))
+        for i in range(1 if OWN else 0, last - first + 1):
+            shift = (query_base - base).to(gl.float32) * LOG2_E
+            base = gl.load(bases + gl.maximum(last - i - 1, 0))
+            dq, dr = _step(it + i, q, do, r + shift, row, dl, scale, smem, bars, dq, dr, D, BN, ST, False)
+        it += last - first + 1
+        sums = gl.convert_layout(gl.sum(dr, 1) * 0.125, gl.SliceLayout(1, s_l))
+        _finish(q_tile, dq * scale, sums, head, m, place, outs, sizes, C, D, PARTIAL, ADD)
+        mbarrier.arrive(q_empty.index(n % QB), count=1)
+        n += 1
+        work = receive(n, work_s, work_full, work_empty)
+
+
+@gluon.jit
+def _finish(
+    q_tile, dq, sums, head, m, place, outs, sizes, C: gl.constexpr, D: gl.constexpr,
+    PARTIAL: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """Writes 64 rows of dQ and their sums, added to what is there if ADD; Q's tile makes room for them."""
+    dq_desc, dq_ptr, row_ptr = outs
+    length, heads, _, _, _, _, _, _ = sizes
+    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    if ADD:
+        sums += gl.load(row_ptr + place)
+    gl.store(row_ptr + place, sums)
+    t0 = m * 128 + C * 64
+    if PARTIAL:
+        t = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, o_l))
+        d = gl.arange(0, D, layout=gl.SliceLayout(0, o_l))
+        token = ((head // heads).to(gl.int64) * length + t) * heads + head % heads
+        places = dq_ptr + token[:, None] * D + d[None, :]
+        real = (t < length)[:, None] & (d >= 0)[None, :]
+        if ADD:
+            dq += gl.load(places, mask=real, other=0.0)
+        gl.store(places, dq, mask=real)
+    else:
+        q_tile.store(dq.to(q_tile.dtype))
+        fence_async_shared()
+        tma_store(dq_desc, [head // heads, t0, head % heads, 0], q_tile)
+        tma.store_wait(0)
+
+
+# One compilation for all sizes: ranks that compile at different times would wait for each other.
+_SIZES = ["length", "heads", "kv_heads", "count", "slots", "total", "pool_heads", "pool_blocks"]
+_POINTERS = ["first_ptr", "last_ptr", "heads_ptr", "taken_ptr", "page_ptr"]
+
+
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+def q_kernel(
+    q_desc, do_desc, k_desc, v_desc, c_desc, dq_desc, dq_ptr, row_ptr, r_ptr, dl_ptr, query_base_ptr, slot_base_ptr,
+    first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr, length, heads, kv_heads, count, slots, total, pool_heads,
+    pool_blocks, scale, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr,
+    ADD: gl.constexpr, AREG: gl.constexpr,
+):  # fmt: skip
+    BN: gl.constexpr = 128
+    dtype: gl.constexpr = q_desc.dtype
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], dtype)
+    q_s = gl.allocate_shared_memory(dtype, [2 * QB, 64, D], q_layout)
+    do_s = gl.allocate_shared_memory(dtype, [2 * QB, 64, D], q_layout)
+    k_s = gl.allocate_shared_memory(dtype, [ST, BN, D], kv_layout)
+    v_s = gl.allocate_shared_memory(dtype, [ST, BN, D], kv_layout)
+    c_s = gl.allocate_shared_memory(gl.float32, [ST, BN], c_desc.layout)
+    q_bars = (barriers(QB, 1), barriers(QB, 2))
+    kv_bars = (barriers(ST, 1), barriers(ST, 2), barriers(ST, 1), barriers(ST, 2))
+    bars = q_bars + kv_bars + (barriers(2, 1), barriers(2, 2))
+    smem = (q_s, do_s, k_s, v_s, c_s, ones_tile(BN, dtype), work_buffer())
+    fence_async_shared()
+    ptrs = (r_ptr, dl_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr)
+    sizes = (length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks)
+    outs = (dq_desc, dq_ptr, row_ptr)
+    descs = (q_desc, do_desc, k_desc, v_desc, c_desc)
+    gl.warp_specialize(
+        [
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BN, ST, QB, OWN, PARTIAL, ADD, AREG)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BN, ST, QB, OWN, PARTIAL, ADD, AREG)),
+            (_producer, (descs, ptrs, sizes, smem, bars, D, BN, ST, QB)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )

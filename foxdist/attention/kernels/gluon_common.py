@@ -1,0 +1,121 @@
+"""What the Gluon kernels for Hopper (sm_90) share: names that differ between Triton versions, tiles in memory, sums.
+
+A program stays on its SM and takes one piece of work after the other, from a counter that all programs share. It is
+three partitions: one warp that takes the work and brings tiles into shared memory (TMA), ahead of two consumers of 64
+rows each that multiply them (wgmma). They meet at pairs of barriers, full and empty, one pair a buffer. Triton's
+interpreter does not run Gluon: these kernels are compiled without a GPU in the tests, and run on one.
+"""
+
+from functools import lru_cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.9 names first, then those of 3.6.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+# A weight this close to 1 belongs to a query with one key, whose scores have no gradient; see `operands`.
+ALONE: gl.constexpr = gl.constexpr(1 - 2.0**-12)
+ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: one wgmma's
+# Threads: 4 warps for each consumer, 1 for the producer, which needs few registers. The compiler gives the first
+# consumer what is left of the register file at this maximum: 240 too.
+LAUNCH = {"num_warps": 4, "maxnreg": 168}
+CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(240)
+PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
+# Blocks before the end of a piece of work at which the next is taken: enough to hide the counter, and few, as what is
+# taken waits. Taken at the start, forward + backward at 16k tokens were 15 % slower (8 heads, D = 128, ACP, one H200).
+AHEAD: gl.constexpr = gl.constexpr(3)
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def tile_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Tiles [rows, D] of x [B, T, H, D]; rows beyond T are read as 0 and not written."""
+    dim = x.shape[3]
+    layout = gl.NVMMASharedLayout.get_default_for([1, rows, 1, dim], DTYPES[x.dtype])
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, dim], layout)
+
+
+def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
+    """Pieces of `length` of a contiguous float32 tensor, seen as one dimension."""
+    layout = gl.NVMMASharedLayout.get_default_for([length], gl.float32)
+    return TensorDescriptor.from_tensor(x.view(-1), [length], layout)
+
+
+@gluon.jit
+def page_place(page, pool_heads, pool_blocks):
+    """(row, head, block) of a page of the pool."""
+    return page // (pool_heads * pool_blocks), page // pool_blocks % pool_heads, page % pool_blocks
+
+
+@gluon.jit
+def ones_tile(K: gl.constexpr, dtype: gl.constexpr):
+    """[8, K] ones in shared memory: a product with them sums rows on the tensor cores."""
+    ones = gl.allocate_shared_memory(dtype, [8, K], gl.NVMMASharedLayout(128, 16, 2))
+    ones.store(gl.full([8, K], 1.0, dtype, gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])))
+    return ones
+
+
+@gluon.jit
+def add_row_sums(x, ones, sums):
+    """sums [64, 8] += the row sums of x [64, K], eight times over; asynchronous."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]), 2)
+    return warpgroup_mma(gl.convert_layout(x, layout), ones.permute((1, 0)), sums, is_async=True)
+
+
+@gluon.jit
+def no_sums():
+    return gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+
+
+@lru_cache
+def programs(device: torch.device, work: int) -> int:
+    """How many programs share `work` pieces: one for each SM."""
+    return min(work, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@gluon.jit
+def hand_out(work, n, work_s, full, empty):
+    """Producer: gives the consumers their n-th piece of work."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(n % 2), ((n // 2) & 1) ^ 1)
+    work_s.index(n % 2).store(gl.full([1], work, gl.int32, layout))
+    mbarrier.arrive(full.index(n % 2), count=1)
+
+
+@gluon.jit
+def receive(n, work_s, full, empty):
+    """Consumer: its n-th piece of work."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(n % 2), (n // 2) & 1)
+    work = gl.max(work_s.index(n % 2).load(layout), 0)
+    mbarrier.arrive(empty.index(n % 2), count=1)
+    return work
+
+
+@gluon.jit
+def work_buffer():
+    return gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def barriers(ST: gl.constexpr, arrivals: gl.constexpr):
+    """ST barriers in shared memory, each complete after `arrivals` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(ST):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit
+def scores_of(it, a, tiles, full, N: gl.constexpr, ST: gl.constexpr):
+    """a times tile `it` transposed, [64, N], once the tile is there; asynchronous."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    mbarrier.wait(full.index(it % ST), (it // ST) & 1)
+    b = tiles.index(it % ST).permute((1, 0))
+    return warpgroup_mma(a, b, gl.zeros([64, N], gl.float32, layout), use_acc=False, is_async=True)

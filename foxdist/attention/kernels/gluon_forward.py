@@ -1,0 +1,344 @@
+"""Forward of attention tiles for Hopper, warp-specialised: work is a query block, of 64 rows for each consumer.
+
+The products of a tile run while the softmax of the one before is computed: Q K^T of the next tile and P V of the last
+are both in flight during the exponentials. With bounded logits the reference of a row is fixed before the loop (see
+`kernels.launch`); otherwise it is the running maximum. Logits are in natural units until the exponent.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from foxdist.attention.kernels.gluon_common import (
+    AHEAD,
+    CONSUMER_REGISTERS,
+    LAUNCH,
+    LOG2_E,
+    PRODUCER_REGISTERS,
+    ROWS,
+    barriers,
+    hand_out,
+    page_place,
+    programs,
+    receive,
+    scores_of,
+    tile_descriptor,
+    tma_load,
+    tma_store,
+    vector_descriptor,
+    work_buffer,
+)
+from foxdist.attention.kernels.schedule import Schedule
+from foxdist.attention.merge import Partial
+from foxdist.attention.pages import Pages
+from foxdist.attention.queries import Queries
+from foxdist.layout import BLOCK
+
+STAGES = 2  # buffers of K and of V; 4 were 2 to 4 % slower (D = 64, dense, 64k tokens)
+
+
+def forward(
+    queries: Queries,
+    pool: Pages,
+    schedule: Schedule,
+    page: torch.Tensor,
+    bounded: torch.Tensor,
+    into: Partial,
+    *,
+    own: bool,
+    merge: bool,
+) -> None:
+    """Writes attention over the pool into `into`; with `merge`, joins the two. See `kernels.launch`."""
+    rows, length, heads, dim = queries.q.shape
+    count = queries.c_in.shape[2]
+    partial = into.out.dtype == torch.float32
+    pool_heads = pool.k.shape[2]
+    total = rows * heads * count
+    forward_kernel[(programs(queries.q.device, total),)](
+        tile_descriptor(queries.q, 64),
+        tile_descriptor(pool.k, BLOCK),
+        tile_descriptor(pool.v, BLOCK),
+        vector_descriptor(pool.c_in, BLOCK),
+        tile_descriptor(queries.q if partial else into.out, 64),
+        into.out,
+        into.lse2,
+        queries.c_in,
+        schedule.query_base,
+        schedule.slot_base,
+        schedule.first_slot,
+        schedule.last_slot,
+        schedule.query_heads,
+        schedule.taken,
+        page,
+        bounded,
+        length,
+        heads,
+        page.shape[1],
+        count,
+        page.shape[2],
+        total,
+        pool_heads,
+        pool.c_in.shape[2],
+        queries.scale,
+        D=dim,
+        ST=STAGES,
+        QB=2,
+        OWN=own,
+        PARTIAL=partial,
+        MERGE=merge,
+        **LAUNCH,
+    )
+
+
+@gluon.jit
+def _work(work, heads_ptr, first_ptr, last_ptr, count):
+    """(b * H + h, query block, first slot, last slot) of a piece of work."""
+    head = gl.load(heads_ptr + work // count)
+    m = count - 1 - work % count
+    at = head * count + m
+    return head, m, gl.load(first_ptr + at), gl.load(last_ptr + at)
+
+
+@gluon.jit
+def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr):
+    q_desc, k_desc, v_desc, c_desc = descs
+    _, _, _, _, _, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
+    _, heads, kv_heads, count, slots, total, pool_heads, pool_blocks = sizes
+    q_s, k_s, v_s, c_s, work_s = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty = bars
+    group = heads // kv_heads
+    n = 0
+    it = 0
+    work = gl.atomic_add(taken_ptr, 1)
+    while work < total:
+        head, m, first, last = _work(work, heads_ptr, first_ptr, last_ptr, count)
+        page_row = page_ptr + (head // group) * slots
+        page = gl.load(page_row + gl.maximum(last, 0))
+        upcoming = -1
+        if last >= first:
+            hand_out(work, n, work_s, work_full, work_empty)
+            for i in range(last - first + 1):
+                st = it % ST
+                ph = ((it // ST) & 1) ^ 1
+                b, h, block = page_place(page, pool_heads, pool_blocks)
+                page = gl.load(page_row + gl.maximum(last - i - 1, 0))  # ahead of its use
+                if i == gl.maximum(last - first - AHEAD, 0):
+                    upcoming = gl.atomic_add(taken_ptr, 1)
+                mbarrier.wait(k_empty.index(st), ph)
+                mbarrier.expect(k_full.index(st), 128 * D * 2 + 128 * 4)
+                tma_load(k_desc, [b, block * 128, h, 0], k_full.index(st), k_s.index(st))
+                c_row = ((b * pool_heads + h) * group + head % group) * pool_blocks + block
+                tma_load(c_desc, [c_row * 128], k_full.index(st), c_s.index(it % (2 * ST)))
+                if i == 0:  # after the first K, which does not have to wait for the last outputs
+                    mbarrier.wait(q_empty.index(n % QB), ((n // QB) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(n % QB), 2 * ROWS * D * 2)
+                    for c in gl.static_range(2):
+                        at = [head // heads, m * 128 + c * ROWS, head % heads, 0]
+                        tma_load(q_desc, at, q_full.index(n % QB), q_s.index(n % QB * 2 + c))
+                mbarrier.wait(v_empty.index(st), ph)
+                mbarrier.expect(v_full.index(st), 128 * D * 2)
+                tma_load(v_desc, [b, block * 128, h, 0], v_full.index(st), v_s.index(st))
+                it += 1
+            n += 1
+        if upcoming < 0:
+            upcoming = gl.atomic_add(taken_ptr, 1)
+        work = upcoming
+    hand_out(total, n, work_s, work_full, work_empty)
+
+
+@gluon.jit
+def _attend(
+    q, it, first, last, reference, ptrs, scale, smem, bars, C: gl.constexpr, D: gl.constexpr,
+    ST: gl.constexpr, OWN: gl.constexpr, FIXED: gl.constexpr,
+):  # fmt: skip
+    """(sum of p v [64, D], row reference, row sum of p) over the slots, from the last, which exists, to the first.
+
+    it: number of the first of these tiles among all that the program loads.
+    """
+    slot_base_ptr, query_base = ptrs
+    _, k_s, v_s, c_s, _ = smem
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = bars
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_l: gl.constexpr = gl.DotOperandLayout(0, o_l, 2)
+    column: gl.constexpr = gl.SliceLayout(0, s_l)
+    dtype: gl.constexpr = q.dtype
+
+    st = it % ST
+    s = warpgroup_mma_wait(0, deps=(scores_of(it, q, k_s, k_full, 128, ST),))
+    mbarrier.arrive(k_empty.index(st), count=1)
+    x = s * scale - c_s.index(it % (2 * ST)).load(column)[None, :]
+    shift = (query_base - gl.load(slot_base_ptr + last)).to(gl.float32)
+    if OWN:  # the diagonal block: queries see the keys up to their own
+        row = C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
+        x = gl.where(row[:, None] >= gl.arange(0, 128, layout=column)[None, :], x, -float("inf"))
+    if OWN or not FIXED:
+        top = gl.max(x, 1) + shift
+    else:
+        top = reference
+    p = gl.exp2(x * LOG2_E + ((shift - top) * LOG2_E)[:, None])
+    total = gl.sum(p, 1)
+    pb = gl.convert_layout(p.to(dtype), p_l)
+    acc = gl.zeros([64, D], gl.float32, o_l)
+    base = gl.load(slot_base_ptr + gl.maximum(last - 1, 0))
+    mbarrier.wait(v_full.index(st), (it // ST) & 1)
+    for i in range(1, last - first + 1):
+        before = (it + i - 1) % ST
+        st = (it + i) % ST
+        ph = ((it + i) // ST) & 1
+        shift = (query_base - base).to(gl.float32)
+        base = gl.load(slot_base_ptr + gl.maximum(last - i - 1, 0))
+        s_next = scores_of(it + i, q, k_s, k_full, 128, ST)
+        acc_next = warpgroup_mma(pb, v_s.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s_next,))
+        mbarrier.arrive(k_empty.index(st), count=1)
+        x = s * scale - c_s.index((it + i) % (2 * ST)).load(column)[None, :]
+        # The new weights come before a barrier and are among the wait's operands: without both, the compilers move the
+        # exponentials behind the wait, where no product runs beside them.
+        if FIXED:
+            p = gl.exp2(x * LOG2_E + ((shift - top) * LOG2_E)[:, None])
+            total = total + gl.sum(p, 1)
+            pb_next = gl.convert_layout(p.to(dtype), p_l)
+            mbarrier.wait(v_full.index(st), ph)
+            acc, pb, pb_next = warpgroup_mma_wait(0, deps=(acc_next, pb, pb_next))
+        else:
+            higher = gl.maximum(top, gl.max(x, 1) + shift)
+            decay = gl.exp2((top - higher) * LOG2_E)
+            p = gl.exp2(x * LOG2_E + ((shift - higher) * LOG2_E)[:, None])
+            total = total * decay + gl.sum(p, 1)
+            top = higher
+            pb_next = gl.convert_layout(p.to(dtype), p_l)
+            mbarrier.wait(v_full.index(st), ph)
+            acc, pb, pb_next = warpgroup_mma_wait(0, deps=(acc_next, pb, pb_next))
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_l))[:, None]
+        mbarrier.arrive(v_empty.index(before), count=1)
+        pb = pb_next
+    st = (it + last - first) % ST
+    acc = warpgroup_mma(pb, v_s.index(st), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(st), count=1)
+    return acc, top, total
+
+
+@gluon.jit
+def _consumer(
+    outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr,
+    OWN: gl.constexpr, PARTIAL: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    c_ptr, query_base_ptr, slot_base_ptr, _, bounded_ptr, first_ptr, last_ptr, heads_ptr, _, _ = ptrs
+    _, _, _, count, slots, total, _, _ = sizes
+    q_s, work_s = smem[0], smem[4]
+    q_full, q_empty, work_full, work_empty = bars[0], bars[1], bars[6], bars[7]
+    s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    n = 0
+    it = 0
+    work = receive(0, work_s, work_full, work_empty)
+    while work < total:
+        head, m, first, last = _work(work, heads_ptr, first_ptr, last_ptr, count)
+        at = head * count + m
+        row = at.to(gl.int64) * 128 + C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
+        c_row = gl.load(c_ptr + row)
+        bases = (slot_base_ptr + head * slots, gl.load(query_base_ptr + at))
+        if MERGE:
+            before = gl.load(ptrs[3] + row)
+        else:
+            before = c_row
+        reference = before * (1 / LOG2_E) - c_row
+        mbarrier.wait(q_full.index(n % QB), (n // QB) & 1)
+        q = q_s.index(n % QB * 2 + C)
+        if gl.load(bounded_ptr + head) != 0:
+            acc, top, sums = _attend(q, it, first, last, reference, bases, scale, smem, bars, C, D, ST, OWN, True)
+        else:
+            acc, top, sums = _attend(q, it, first, last, reference, bases, scale, smem, bars, C, D, ST, OWN, False)
+        it += last - first + 1
+        _finish(q, acc, (top + c_row) * LOG2_E, sums, before, head, m, row, outs, ptrs, sizes, C, D, PARTIAL, MERGE)
+        mbarrier.arrive(q_empty.index(n % QB), count=1)
+        n += 1
+        work = receive(n, work_s, work_full, work_empty)
+
+
+@gluon.jit
+def _finish(
+    q, acc, reference, sums, before, head, m, row, outs, ptrs, sizes, C: gl.constexpr, D: gl.constexpr,
+    PARTIAL: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """Writes out and lse2 of 64 rows, joined with what is there if MERGE; Q's tile makes room for the output.
+
+    reference: of the rows, in base 2 and with the row's part. before: their lse2 so far.
+    """
+    o_desc, o_ptr = outs
+    lse_ptr = ptrs[3]
+    length, heads, _, _, _, _, _, _ = sizes
+    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    if MERGE:  # the sums may be 0: all far below what there is
+        high = gl.maximum(reference, before)
+        lse = high + gl.log2(sums * gl.exp2(reference - high) + gl.exp2(before - high))
+        weight = gl.exp2(reference - lse)
+        keep = gl.exp2(before - lse)
+    else:
+        lse = reference + gl.log2(sums)
+        weight = 1.0 / sums
+    gl.store(lse_ptr + row, lse)
+    acc = acc * gl.convert_layout(weight, gl.SliceLayout(1, o_l))[:, None]
+    t0 = m * 128 + C * 64
+    if PARTIAL:
+        t = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, o_l))
+        d = gl.arange(0, D, layout=gl.SliceLayout(0, o_l))
+        token = ((head // heads).to(gl.int64) * length + t) * heads + head % heads
+        places = o_ptr + token[:, None] * D + d[None, :]
+        real = (t < length)[:, None] & (d >= 0)[None, :]
+        if MERGE:
+            acc += gl.load(places, mask=real, other=0.0) * gl.convert_layout(keep, gl.SliceLayout(1, o_l))[:, None]
+        gl.store(places, acc, mask=real)
+    else:
+        q.store(acc.to(q.dtype))
+        fence_async_shared()
+        tma_store(o_desc, [head // heads, t0, head % heads, 0], q)
+        tma.store_wait(0)
+
+
+# One compilation for all sizes: ranks that compile at different times would wait for each other.
+_SIZES = ["length", "heads", "kv_heads", "count", "slots", "total", "pool_heads", "pool_blocks"]
+_POINTERS = ["first_ptr", "last_ptr", "heads_ptr", "taken_ptr", "page_ptr"]
+
+
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+def forward_kernel(
+    q_desc, k_desc, v_desc, c_desc, o_desc, o_ptr, lse_ptr, c_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr,
+    heads_ptr, taken_ptr, page_ptr, bounded_ptr, length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks,
+    scale, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr,
+    MERGE: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
+    kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], dtype)
+    q_s = gl.allocate_shared_memory(dtype, [2 * QB, 64, D], q_layout)
+    k_s = gl.allocate_shared_memory(dtype, [ST, 128, D], kv_layout)
+    v_s = gl.allocate_shared_memory(dtype, [ST, 128, D], kv_layout)
+    c_s = gl.allocate_shared_memory(gl.float32, [2 * ST, 128], c_desc.layout)
+    q_bars = (barriers(QB, 1), barriers(QB, 2))
+    kv_bars = (barriers(ST, 1), barriers(ST, 2), barriers(ST, 1), barriers(ST, 2))
+    bars = q_bars + kv_bars + (barriers(2, 1), barriers(2, 2))
+    fence_async_shared()
+    smem = (q_s, k_s, v_s, c_s, work_buffer())
+    ptrs = (
+        c_ptr, query_base_ptr, slot_base_ptr, lse_ptr, bounded_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr,
+    )  # fmt: skip
+    sizes = (length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks)
+    outs = (o_desc, o_ptr)
+    gl.warp_specialize(
+        [
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, ST, QB, OWN, PARTIAL, MERGE)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, ST, QB, OWN, PARTIAL, MERGE)),
+            (_producer, ((q_desc, k_desc, v_desc, c_desc), ptrs, sizes, smem, bars, D, ST, QB)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )

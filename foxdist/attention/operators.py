@@ -1,0 +1,192 @@
+"""Attention as operators of torch: what autograd, torch.compile and activation checkpointing see of it.
+
+Arguments and results of an operator are tensors and plain values, and its results share no memory. So all that backward
+and the statistics need is an output: of the plan its `need`, on the host, from which the rest is made again.
+
+Registered with `Library`, not `custom_op`, whose own layers of Python double the time that a call takes on the host.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from foxdist.attention import ring
+from foxdist.attention.acp import Acp
+from foxdist.attention.plan import Plan
+from foxdist.attention.replay import remember
+from foxdist.attention.stats import COUNTS
+from foxdist.attention.transport import ContextParallel, context_parallel
+from foxdist.layout import BLOCK, chunk_count
+
+Outputs = tuple[torch.Tensor, ...]
+
+_library = torch.library.Library("foxdist", "FRAGMENT")
+# out, lse2, c_in, base, start are those of `ring.Result`, need is that of `Plan` or [0], counts those of stats.py.
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor? bound_by_head, float? bound_number, float? log_eps, "
+    "str bound, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, Tensor base, Tensor start, "
+    "Tensor need, Tensor counts)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor c_in, Tensor base, "
+    "Tensor start, Tensor need, float scale, str backend, str cp) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_attention = torch.ops.foxdist.attention.default
+_attention_backward = torch.ops.foxdist.attention_backward.default
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_f: torch.Tensor,
+    *,
+    scale: float,
+    acp: Acp | None,
+    cp: ContextParallel | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, start, counts), of which out is differentiable. Arguments are checked already; `cp` has several ranks."""
+    given = acp.logit_bound if acp else None
+    by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
+    out, _, _, _, start, _, counts = _attention(
+        q,
+        k,
+        v,
+        log_f,
+        by_head,
+        None if number is None else float(number),
+        acp.log_eps if acp else None,
+        acp.bound if acp else "",
+        scale,
+        backend,
+        cp.key if cp else "",
+    )
+    return out, start, counts
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_f: torch.Tensor,
+    bound_by_head: torch.Tensor | None,
+    bound_number: float | None,
+    log_eps: float | None,
+    bound: str,
+    scale: float,
+    backend: str,
+    cp: str,
+) -> Outputs:
+    if not log_f.is_cuda and bool((log_f > 0).any()):
+        raise ValueError("log_f: holds positive values; must be <= 0; use logsigmoid")
+    given = bound_number if bound_by_head is None else bound_by_head
+    acp = None if log_eps is None else Acp(log_eps=log_eps, bound=bound, logit_bound=given)  # type: ignore[arg-type]
+    call = ring.Call(scale, acp, context_parallel(cp), backend)
+
+    def compute() -> tuple[torch.Tensor, ...]:
+        result, counts = ring.forward(q, k, v, log_f, call)
+        need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
+        return tuple(
+            x.contiguous() for x in (result.out, result.lse2, result.c_in, result.base, result.start, need, counts)
+        )
+
+    with _as_written(q):
+        return remember(compute)
+
+
+def _fake_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_f: torch.Tensor,
+    bound_by_head: torch.Tensor | None,
+    bound_number: float | None,
+    log_eps: float | None,
+    bound: str,
+    scale: float,
+    backend: str,
+    cp: str,
+) -> Outputs:
+    rows, length, heads, _ = q.shape
+    blocks = -(-length // BLOCK)
+    spread = context_parallel(cp)
+    total, need = blocks, [0]
+    if spread:
+        total = blocks * spread.size
+        need = [rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout)]
+    sums = log_f.new_empty(rows, heads, blocks, BLOCK)
+    return (
+        q.new_empty(q.shape),
+        sums,
+        torch.empty_like(sums),
+        log_f.new_empty(rows, heads, total + 1, dtype=torch.float64),
+        log_f.new_empty(rows, heads, total, dtype=torch.int32),
+        log_f.new_empty(need, dtype=torch.int64, device="cpu"),
+        log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse2: torch.Tensor,
+    c_in: torch.Tensor,
+    base: torch.Tensor,
+    start: torch.Tensor,
+    need: torch.Tensor,
+    scale: float,
+    backend: str,
+    cp: str,
+) -> Outputs:
+    spread = context_parallel(cp)
+    plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread else None
+    result = ring.Result(out, lse2, c_in, base, start, plan)
+    with _as_written(q):
+        gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend))
+    return tuple(x.contiguous() for x in gradients)
+
+
+def _fake_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
+    dlog_f = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlog_f
+
+
+class _Attention(torch.autograd.Function):
+    """The operator's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *rest, counts = outputs = _attention(*inputs)
+        q, k, v, *_, ctx.scale, ctx.backend, ctx.cp = inputs
+        ctx.save_for_backward(q, k, v, out, *rest)
+        ctx.mark_non_differentiable(*rest, counts)
+        ctx.set_materialize_grads(False)  # of what is not differentiable, too
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
+        gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
+        return *gradients, *(None,) * 7
+
+
+def _as_written(like: torch.Tensor) -> torch.autocast:
+    """Every product in the dtype it is written in: inside a caller's autocast it would be rounded to bf16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+_library.impl("attention", _Attention.apply, "Autograd")
+_library.impl("attention", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("foxdist::attention", _fake_forward, lib=_library)
+torch.library.register_fake("foxdist::attention_backward", _fake_backward, lib=_library)

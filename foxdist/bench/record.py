@@ -1,0 +1,71 @@
+"""The forget gates of a trained model on one sequence of its data, for `attention --gates FILE`."""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from foxdist import checkpoint, run_folder
+from foxdist import config as configuration
+from foxdist.attention import RESET, Acp
+from foxdist.config import Config
+from foxdist.data.folder import open_folder
+from foxdist.data.loader import Batch, one_sequence
+from foxdist.model import FoX
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="train.run_dir of a run with a checkpoint")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a safetensors file")
+    parser.add_argument("--sequence", type=int, default=0, metavar="N", help="of the run's data; default: the first")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Writes log_f [layers, T, H] float32. One process, whatever ranks trained. Raises `ValueError`."""
+    if not chosen.output.absolute().parent.is_dir():
+        raise ValueError(f"--output {chosen.output}: its folder does not exist; must do so; make it first")
+    config = configuration.load(chosen.run_dir / "config.yaml")
+    batch = one_sequence(config.data.path, open_folder(config.data.path), chosen.sequence)
+    step, weights = checkpoint.weights(run_folder.checkpoints(chosen.run_dir))
+    model = build(config, weights, torch.device(chosen.device))
+    log_f = gates_of(model, batch, torch.device(chosen.device))
+    about = {"run": chosen.run_dir.name, "step": str(step), "sequence": str(chosen.sequence)}
+    save_file({"log_f": log_f}, chosen.output, about | {"date": time.strftime("%Y-%m-%d")})
+    counts = [layer.meter.take() for layer in model.attention_layers()]
+    kept = sum(int(torch.as_tensor(c.kept_by_head).sum()) for c in counts)
+    causal = sum(c.causal_by_head * config.model.heads for c in counts)
+    print(f"{chosen.output}: gates of step {step}, [layers, tokens, heads] = {list(log_f.shape)}")
+    print(f"the run's pruning keeps {100 * kept / causal:.1f} % of the tiles of this sequence")
+    return 0
+
+
+def build(config: Config, weights: dict[str, torch.Tensor], device: torch.device) -> FoX:
+    """The model as it trains, on one process: parameters in the run's precision."""
+    acp = Acp(log_eps=config.acp.log_eps, bound=config.acp.bound) if config.acp.enabled else None
+    with torch.device(device):
+        model = FoX(config.model, acp=acp)
+    model.load_state_dict(weights)
+    return model.to(torch.bfloat16) if config.train.precision == "bf16" else model
+
+
+def gates_of(model: FoX, batch: Batch, device: torch.device) -> torch.Tensor:
+    """log_f [layers, T, H] float32 on the CPU as attention sees it: RESET at the first token of each document."""
+    tokens, labels, starts = (x.to(device) for x in (batch.tokens, batch.labels, batch.starts))
+    layers = model.attention_layers()
+    found: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+
+    def keep(layer: int, module: object, inputs: object, logit: torch.Tensor) -> None:
+        found[layer] = F.logsigmoid(logit)[0].masked_fill(starts[0, :, None], RESET).cpu()
+
+    hooks = [layer.forget_gate.register_forward_hook(partial(keep, i)) for i, layer in enumerate(layers)]
+    with torch.no_grad():
+        model(tokens, labels, starts)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
