@@ -21,6 +21,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SPILLED = 160
 # Gluon's dK/dV at D = 128 has 344 and its dQ 132, few of them in the loop.
 SPILLED_GLUON = 420
+# Tiles that nobody measured have up to 580; some that were not chosen have 10,000 and live in local memory.
+SPILLED_FITS = 1000
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
 
 
@@ -54,6 +56,7 @@ CALLS = [
     ("measured", 90, tile_calls, ("gluon", 64, BF16)),
     ("measured", 90, tile_calls, ("gluon", 128, BF16)),
     ("gluon, grouped", 90, tile_calls, ("gluon", 128, BF16, 4, False)),
+    ("fits", 80, tile_calls, ("triton", 64, BF16, 2, False)),
     ("fits", 80, tile_calls, ("triton", 256, BF16, 2, False)),
     ("fits", 80, tile_calls, ("triton", 64, FP32, 2, False)),
 ]
@@ -131,8 +134,8 @@ def test_kernels_compile_and_keep_to_their_registers(architecture, tmp_path, rec
         print(*kernel.values())
         assert kernel["shared"] <= SHARED[architecture], kernel
         assert not (kernel["gluon"] and kernel["notes"]), "ptxas puts products in a row that should overlap"
-        if kernel["kind"] != "fits":
-            assert kernel["spilled"] <= (SPILLED_GLUON if kernel["gluon"] else SPILLED), kernel
+        limit = SPILLED_GLUON if kernel["gluon"] else SPILLED
+        assert kernel["spilled"] <= (SPILLED_FITS if kernel["kind"] == "fits" else limit), kernel
     names = {kernel["kernel"] for kernel in kernels}
     assert {"_forward", "_backward_kv", "_backward_q", "_prepare"} <= names
     assert architecture != 90 or {"forward_kernel", "kv_kernel", "q_kernel"} <= names

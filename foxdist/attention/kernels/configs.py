@@ -45,7 +45,7 @@ HOPPER = {
     64: Tiles(
         # 3.73 running maximum, 3.51 fixed; s3 4.58, 128x64 w8 s3 4.34, 64x64 w4 s2 4.18, 128x128 w8 s3 5.22
         forward=Tile(64, 128, 4, 2, maxnreg=168),  # as many as it takes; three programs on an SM
-        # 6.39 (488); no cap 7.24, s3 6.52, s3 with vectors 5.96 (ptxas serializes products there: C7515), 64x128 w8 9.46
+        # 6.39 (488); no cap 7.24, s3 6.52, s3 with vectors 5.96 (serialized by ptxas now: C7515), 64x128 w8 9.46
         backward_kv=Tile(64, 64, 4, 2, maxnreg=168),
         # 4.70 (499); s3 6.55, 64x128 w4 s2 4.86, 64x64 w4 s2 5.05, 128x128 w8 s2 6.04
         backward_q=Tile(128, 64, 8, 2, maxnreg=128),
@@ -84,11 +84,28 @@ def choose(family: str, capability: tuple[int, int], dim: int, dtype: torch.dtyp
 
 
 def _unmeasured(dim: int, dtype: torch.dtype) -> Tiles:
-    """Small tiles that fit 99 KiB of shared memory, the least that a GPU since Ampere gives one program."""
+    """Small tiles that fit 99 KiB of shared memory, the least that a GPU since Ampere gives one program.
+
+    Chosen by what ptxas says for sm_80 (Triton 3.6; bytes spilled): without a copy engine, addresses are in registers.
+    """
     if dtype == torch.float32:  # products without tensor cores: operands stay in registers
-        small = Tile(32, 32, 4 if dim < 128 else 8, 1) if dim < 256 else Tile(16, 16, 8, 1)
-        return Tiles(small, small, small)
+        if dim == 256:  # 16x32 w4 takes a minute and a half to compile
+            return Tiles(*[Tile(16, 16, 8, 1)] * 3)
+        return Tiles(*[Tile(32, 32, 4 if dim < 64 else 8, 1)] * 3)
     if dim == 256:
-        return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 8, 1))
-    square = Tile(64, 64, 4, 2 if dim < 128 else 1)
-    return Tiles(square, square, square)
+        return Tiles(
+            forward=Tile(32, 32, 8, 1),  # 20; 64x32 w8 1928
+            backward_kv=Tile(32, 32, 8, 1),  # 452; 16x64 w8 512, 32x32 w4 10184
+            backward_q=Tile(32, 32, 8, 1),  # 580; 64x32 w8 1000
+        )
+    if dim == 128:
+        return Tiles(
+            forward=Tile(64, 32, 8, 2),  # 88; 64x64 w8 s1 80, 64x64 w4 s1 952
+            backward_kv=Tile(32, 32, 8, 2),  # 0; 32x64 w8 s1 76, 64x64 w8 s1 472
+            backward_q=Tile(64, 32, 8, 1),  # 164; 64x64 w8 s1 688, 64x64 w4 s1 2072
+        )
+    return Tiles(
+        forward=Tile(64, 32, 4, 2),  # D = 64: 12; 64x64 w4 116
+        backward_kv=Tile(32, 64, 4, 2),  # 316; 64x64 w4 10208, w8 8236
+        backward_q=Tile(64, 32, 4, 2),  # 108; 64x64 w4 664
+    )
