@@ -262,7 +262,7 @@ def test_rows_that_meet_nothing_are_untouched():
 def test_unused_slots_write_nothing():
     queries, _, (lent, table), grad = split(FP32)
     lent = Pages(*(torch.cat([x, x[:1]]) for x in lent))  # a page that no slot holds
-    of_pool = Pages(*(torch.full_like(x, 7.0) for x in lent))
+    of_pool = Pages(*(torch.full_like(x, 7.0, dtype=FP32) for x in lent))
     schedule = make_schedule(queries, table)
     prepared = prepare(queries.q, grad, queries.c_in, torch.zeros_like(queries.c_in))
     launch._kernels(RUN["family"], "backward").backward_kv(

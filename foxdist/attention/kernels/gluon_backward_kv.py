@@ -21,7 +21,6 @@ from foxdist.attention.kernels.gluon_common import (
     ALONE,
     CONSUMER_REGISTERS,
     LAUNCH,
-    LOG2_E,
     PRODUCER_REGISTERS,
     ROWS,
     add_row_sums,
@@ -37,6 +36,7 @@ from foxdist.attention.kernels.gluon_common import (
     tma_load,
     tma_store,
     vector_descriptor,
+    weights,
     work_buffer,
 )
 from foxdist.attention.kernels.schedule import Schedule
@@ -165,7 +165,7 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr,
 
 @gluon.jit
 def _step(
-    it, k, v, c_row, key, query0, scale, smem, bars, dk, dv, dc,
+    it, k, v, shift, c_row, key, query0, scale, smem, bars, dk, dv, dc,
     D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """One query tile. `key` and `query0` are positions inside the block of the keys, for MASK."""
@@ -182,7 +182,7 @@ def _step(
     dp_next = scores_of(it, v, do_s, do_full, BM, ST)
     s = warpgroup_mma_wait(1, deps=(s_next,))
     r = r_s.index(st).load(column)  # not before the wait, and delta likewise: registers are short
-    p = gl.exp2(s * (scale * LOG2_E) + r[None, :] + c_row[:, None])
+    p = weights(s, r[None, :], shift, c_row[:, None], scale)
     if MASK:
         p = gl.where(key[:, None] <= (query0 + gl.arange(0, BM, layout=column))[None, :], p, 0.0)
     pb = gl.convert_layout(p.to(dtype), a_l)
@@ -218,15 +218,17 @@ def _head(
     end = (gl.load(last_ptr + head * slots + slot) + 1) * PARTS
     slot_base = gl.load(slot_base_ptr + head * slots + slot)
     bases = query_base_ptr + head * count
-    c_row = gl.load(c_ptr + c_place + key) * -LOG2_E
+    c_row = gl.load(c_ptr + c_place + key)
     dc = no_sums()
     if OWN:  # the diagonal block
         for part in gl.static_range(PARTS):
-            dk, dv, dc = _step(it + part, k, v, c_row, key, part * BM, scale, smem, bars, dk, dv, dc, D, BM, ST, True)
+            dk, dv, dc = _step(
+                it + part, k, v, 0.0, c_row, key, part * BM, scale, smem, bars, dk, dv, dc, D, BM, ST, True
+            )
     for tile in range(begin + (PARTS if OWN else 0), end):
-        shift = (gl.load(bases + tile // PARTS) - slot_base).to(gl.float32) * LOG2_E
+        shift = (gl.load(bases + tile // PARTS) - slot_base).to(gl.float32)
         dk, dv, dc = _step(
-            it + tile - begin, k, v, c_row + shift, key, 0, scale, smem, bars, dk, dv, dc, D, BM, ST, False
+            it + tile - begin, k, v, shift, c_row, key, 0, scale, smem, bars, dk, dv, dc, D, BM, ST, False
         )
     gl.store(dc_ptr + c_place + key, gl.convert_layout(gl.sum(dc, 1) * -0.125, gl.SliceLayout(1, s_l)))
     return it + gl.maximum(end - begin, 0), dk, dv

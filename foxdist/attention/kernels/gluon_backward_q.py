@@ -19,7 +19,6 @@ from foxdist.attention.kernels.gluon_common import (
     ALONE,
     CONSUMER_REGISTERS,
     LAUNCH,
-    LOG2_E,
     PRODUCER_REGISTERS,
     ROWS,
     add_row_sums,
@@ -35,6 +34,7 @@ from foxdist.attention.kernels.gluon_common import (
     tma_load,
     tma_store,
     vector_descriptor,
+    weights,
     work_buffer,
 )
 from foxdist.attention.kernels.schedule import Schedule
@@ -159,7 +159,7 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BN: gl.constexpr,
 
 @gluon.jit
 def _step(
-    it, q, do, row_term, row, dl, scale, smem, bars, dq, dr,
+    it, q, do, r, shift, row, dl, scale, smem, bars, dq, dr,
     D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """One block of keys. `row` is the queries' place in the block, for MASK."""
@@ -173,7 +173,7 @@ def _step(
     dp_next = scores_of(it, do, v_s, v_full, BN, ST)
     s = warpgroup_mma_wait(1, deps=(s_next,))
     c = c_s.index(st).load(column)
-    p = gl.exp2((s * scale - c[None, :]) * LOG2_E + row_term[:, None])
+    p = weights(s, r[:, None], shift, c[None, :], scale)
     if MASK:
         p = gl.where(row[:, None] >= gl.arange(0, BN, layout=column)[None, :], p, 0.0)
     # A barrier that has long completed, and p among the wait's operands: without both, the compilers move the
@@ -229,12 +229,12 @@ def _consumer(
             q = q_tile
             do = do_tile
         if OWN:  # the diagonal block
-            dq, dr = _step(it, q, do, r, row, dl, scale, smem, bars, dq, dr, D, BN, ST, True)
+            dq, dr = _step(it, q, do, r, 0.0, row, dl, scale, smem, bars, dq, dr, D, BN, ST, True)
             base = gl.load(bases + gl.maximum(last - 1, 0))
         for i in range(1 if OWN else 0, last - first + 1):
-            shift = (query_base - base).to(gl.float32) * LOG2_E
+            shift = (query_base - base).to(gl.float32)
             base = gl.load(bases + gl.maximum(last - i - 1, 0))
-            dq, dr = _step(it + i, q, do, r + shift, row, dl, scale, smem, bars, dq, dr, D, BN, ST, False)
+            dq, dr = _step(it + i, q, do, r, shift, row, dl, scale, smem, bars, dq, dr, D, BN, ST, False)
         it += last - first + 1
         sums = gl.convert_layout(gl.sum(dr, 1) * 0.125, gl.SliceLayout(1, s_l))
         _finish(q_tile, dq * scale, sums, head, m, place, outs, sizes, C, D, PARTIAL, ADD)

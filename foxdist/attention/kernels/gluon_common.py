@@ -119,3 +119,15 @@ def scores_of(it, a, tiles, full, N: gl.constexpr, ST: gl.constexpr):
     mbarrier.wait(full.index(it % ST), (it // ST) & 1)
     b = tiles.index(it % ST).permute((1, 0))
     return warpgroup_mma(a, b, gl.zeros([64, N], gl.float32, layout), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weights(s, r, shift, c, scale):
+    """exp2 of all parts of the logits: scores s [64, N], of queries by keys or of keys by queries; r and c, of which one
+    is a column [64, 1] and one a row [1, N], the queries' row terms and the keys' gate sums; shift, a number, the decay
+    between the blocks.
+
+    Both backward kernels come here and round alike, so that rows and columns are sums of the same dS. Written with fma,
+    as the compiler may join products and sums in one kernel and leave them in the other.
+    """
+    return gl.exp2(gl.fma(s, scale * LOG2_E, gl.fma(c, -LOG2_E, gl.fma(shift, LOG2_E, r))))
