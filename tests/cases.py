@@ -33,7 +33,7 @@ def gradients(fn, tensors, seed=1):
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
     out = fn(*tensors)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad((out.double() * weight).sum(), tensors)]
+    return [out.detach(), *torch.autograd.grad((out.double() * weight.to(out.device)).sum(), tensors)]
 
 
 def relative(x, reference):

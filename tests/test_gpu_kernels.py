@@ -11,8 +11,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 FAMILIES = ("gluon", "triton") if HOPPER else ("triton",)
 NAMES = ("out", "dq", "dk", "dv", "dlog_f")
-# Relative errors of the official FoX kernel in bf16 on an H200 (T = 2048), times 1.5.
-LIMITS = dict(zip(NAMES, (2.9e-3, 4.2e-3, 4.2e-3, 3.5e-3, 5.9e-3)))
+# Relative errors of the official FoX kernel in bf16 on these inputs, the largest over the lengths below, on an H200.
+OFFICIAL = {
+    "open": (2.1e-3, 2.9e-3, 3.5e-3, 3.4e-3, 3.6e-3),
+    "mild": (2.1e-3, 2.9e-3, 3.4e-3, 3.3e-3, 2.8e-3),
+    "initial": (1.8e-3, 3.6e-3, 4.1e-3, 3.3e-3, 2.3e-3),
+    "harsh": (1.7e-3, 7.7e-3, 8.0e-3, 3.2e-3, 1.8e-3),  # scores hardly matter; out's rounding, in delta, does
+    "mixed": (1.8e-3, 4.6e-3, 4.9e-3, 3.2e-3, 3.1e-3),
+    "one dead": (1.2e-3, 3.0e-3, 3.4e-3, 1.6e-3, 3.6e-3),
+}
 BF16 = torch.bfloat16
 
 
@@ -27,30 +34,31 @@ def gradients(tensors, **options):
     return [out.detach(), *torch.autograd.grad(out, tensors, weight.to(out.dtype))]
 
 
-def compare(got, expected, limits):
+def compare(got, expected, kind="mixed"):
+    """Errors of at most 1.5 times the official kernel's."""
     errors = {name: relative(a, b) for name, a, b in zip(NAMES, got, expected)}
-    assert all(errors[name] <= limits[name] for name in NAMES), errors
+    assert all(errors[name] <= 1.5 * most for name, most in zip(NAMES, OFFICIAL[kind])), errors
 
 
 @pytest.mark.parametrize("backend", FAMILIES)
-@pytest.mark.parametrize("kind", [kind for kind in GATES if kind not in ("harsh", "one dead")])
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("length, heads, kv_heads, dim", [(100, 8, 8, 64), (2048, 8, 8, 64), (4096 + 77, 4, 2, 128)])
 def test_errors_are_no_larger_than_the_official_kernels(backend, kind, length, heads, kv_heads, dim):
     tensors = [x.cuda() for x in inputs(2, length, heads, kv_heads, dim, kind, dtype=BF16)]
     expected = gradients(tensors)
     for acp in (None, Acp(logit_bound=1.02 * dim**0.5)):
-        compare(gradients(tensors, backend=backend, acp=acp), expected, LIMITS)
+        compare(gradients(tensors, backend=backend, acp=acp), expected, kind)
 
 
 @pytest.mark.parametrize("backend", FAMILIES)
-@pytest.mark.parametrize("kind", ["harsh", "one dead"])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_heads_that_forget_at_once(backend, kind, dtype):
-    """Scores hardly matter there: their gradients are small beside the rounding of out, which delta is made of."""
-    tensors = [x.cuda() for x in inputs(2, 1000, 8, 2, 64, kind, dtype=dtype)]
+@pytest.mark.parametrize("kind", ["open", "harsh"])
+def test_float16(backend, kind):
+    """Eight times as fine as bf16, and so are the errors; weights stay below its end."""
+    tensors = [x.cuda() for x in inputs(2, 1000, 8, 2, 64, kind, dtype=torch.float16)]
+    got = gradients(tensors, backend=backend, acp=Acp(logit_bound=8.2))
     expected = gradients(tensors)
-    limits = {**LIMITS, "dq": 1.2e-2, "dk": 1.2e-2}
-    compare(gradients(tensors, backend=backend, acp=Acp(logit_bound=8.2)), expected, limits)
+    errors = [relative(a, b) for a, b in zip(got, expected)]
+    assert all(error <= 1.5 / 8 * most for error, most in zip(errors, OFFICIAL[kind])), errors
 
 
 @pytest.mark.parametrize("backend", FAMILIES)
@@ -66,7 +74,7 @@ def test_one_token(backend):
 @pytest.mark.parametrize("bound", [8.2, None, 200.0], ids=["fixed reference", "measured bound", "running maximum"])
 def test_references_of_softmax(backend, bound):
     tensors = [x.cuda() for x in inputs(1, 1500, 4, 4, 64, dtype=BF16)]
-    compare(gradients(tensors, backend=backend, acp=Acp(logit_bound=bound)), gradients(tensors), LIMITS)
+    compare(gradients(tensors, backend=backend, acp=Acp(logit_bound=bound)), gradients(tensors))
 
 
 @pytest.mark.parametrize("backend", FAMILIES)
@@ -74,7 +82,7 @@ def test_large_logits_need_the_running_maximum(backend):
     q, k, v, log_f = (x.cuda() for x in inputs(1, 1024, 2, 2, 64, "open", dtype=BF16))
     tensors = [q * 8, k * 8, v, log_f]  # logits of up to 512
     out, expected = gradients(tensors, backend=backend, acp=Acp())[0], gradients(tensors)[0]
-    assert relative(out, expected) <= LIMITS["out"]
+    assert relative(out, expected) <= 1.5 * OFFICIAL["open"][0]
 
 
 @pytest.mark.parametrize("backend", FAMILIES)
@@ -85,7 +93,7 @@ def test_documents(backend):
     for acp in (None, Acp(logit_bound=8.2)):
         got, expected = gradients(tensors, backend=backend, acp=acp), gradients(tensors)
         got[4][:, starts] = expected[4][:, starts] = 0
-        compare(got, expected, LIMITS)
+        compare(got, expected)
 
 
 @pytest.mark.parametrize("backend", FAMILIES)
@@ -100,7 +108,7 @@ def test_the_last_rows_of_a_long_sequence_are_as_exact_as_the_first(backend):
         part = slice(at, at + 2048)
         expected = naive_forgetting_attention(q[:, part], k[:, part], v[:, part], log_f[:, part])
         errors.append(relative(out[:, part][:, 1024:], expected[:, 1024:]))
-    assert errors[1] <= 1.1 * errors[0] <= LIMITS["out"], errors
+    assert errors[1] <= 1.1 * errors[0] <= 1.5 * OFFICIAL["open"][0], errors
 
 
 @pytest.mark.parametrize("backend", FAMILIES)

@@ -73,6 +73,7 @@ def compile_all(architecture):
         gluon_backward_kv,
         gluon_backward_q,
         gluon_forward,
+        launcher,
         triton_backward,
         triton_forward,
     )
@@ -102,6 +103,14 @@ def compile_all(architecture):
             print(json.dumps(found | usage(log.getvalue(), kernel)), flush=True)
         return kernel
 
+    class Forgetful(dict):
+        """No kernel is launched a second time, as nothing was launched the first time."""
+
+        def __setitem__(self, key, value):
+            pass
+
+    launcher._compiled = Forgetful()
+    torch.cuda.current_device = lambda: 0
     triton.runtime.driver.set_active(Driver())
     triton.knobs.nvidia.dump_ptxas_log = True
     JITFunction.run = run

@@ -55,7 +55,8 @@ def tolerances(dtype):
     # Row and column parts are sums of unrounded dS, in which the row term's rounding (as above) reaches 6e-5. Rows add
     # up to nothing but the rounding of out; kernels leave more of it out, where a query has one key. Gluon's are sums
     # of rounded dS.
-    return dict(zip(NAMES, [eps, 1e-5, eps, eps, eps, eps, 1e-3 if RUN["family"] == "triton" else eps]))
+    exact = RUN["family"] == "triton"
+    return dict(zip(NAMES, [eps, 1e-5, eps, eps if exact else 4 * eps, eps, eps, 1e-3 if exact else eps]))
 
 
 def close(got, expected, dtype):

@@ -31,6 +31,7 @@ ORDER = [
     "attention.backends",
     "attention.transport",
     "attention.exchange",
+    "attention.kernels.launcher",
     "attention.kernels.gates",
     "attention.kernels.schedule",
     "attention.kernels.configs",

@@ -6,6 +6,8 @@ and the statistics need is an output: of the plan its `need`, on the host, from 
 Registered with `Library`, not `custom_op`, whose own layers of Python double the time that a call takes on the host.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -180,9 +182,11 @@ class _Attention(torch.autograd.Function):
         return *gradients, *(None,) * 7
 
 
-def _as_written(like: torch.Tensor) -> torch.autocast:
-    """Every product in the dtype it is written in: inside a caller's autocast it would be rounded to bf16."""
-    return torch.autocast(like.device.type, enabled=False)
+@contextmanager
+def _as_written(like: torch.Tensor) -> Iterator[None]:
+    """Every product in the dtype it is written in, which a caller's autocast would change; kernels on `like`'s GPU."""
+    with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
+        yield
 
 
 _library.impl("attention", _Attention.apply, "Autograd")

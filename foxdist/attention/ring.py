@@ -117,9 +117,18 @@ def _local(
     call: Call,
 ) -> tuple[Queries, Pages, BlockTable]:
     """This rank's queries, its own K and V as a pool, and the table of that pool."""
-    blocks = own_blocks(start.shape[-1], call.cp, q.device)
-    queries = Queries(q, c_in, base, start[:, :, blocks], blocks, call.scale)
-    return queries, Pages(k, v, c_in), own_table(len(k), k.shape[2], blocks)
+    blocks, table = _own(len(k), k.shape[2], start.shape[-1], call.cp, q.device)
+    mine = start[:, :, blocks] if call.cp else start
+    return Queries(q, c_in, base, mine, blocks, call.scale), Pages(k, v, c_in), table
+
+
+@lru_cache(maxsize=64)
+def _own(
+    rows: int, heads: int, total: int, cp: ContextParallel | None, device: torch.device
+) -> tuple[torch.Tensor, BlockTable]:
+    """The blocks of the sequence that this rank owns, and the table of its own pool: always the same, so made once."""
+    blocks = own_blocks(total, cp, device)
+    return blocks, own_table(rows, heads, blocks)
 
 
 def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
@@ -163,9 +172,16 @@ def _counts(
     start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap]
 ) -> torch.Tensor:
     rows, _, total = start.shape
-    on_host = own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
+    causal, count = _causal_tiles(total, cp)
     traffic = _traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic()
-    return counts_of(rows * int((on_host + 1).sum()), rows * len(on_host), traffic)
+    return counts_of(rows * causal, rows * count, traffic)
+
+
+@lru_cache(maxsize=64)
+def _causal_tiles(total: int, cp: ContextParallel | None) -> tuple[int, int]:
+    """Tiles of one head that causality allows for this rank's queries, and its query blocks."""
+    blocks = own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
+    return int((blocks + 1).sum()), len(blocks)
 
 
 def _traffic(plan: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:

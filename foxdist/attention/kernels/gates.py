@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from foxdist.attention import acp
+from foxdist.attention.kernels.launcher import launch
 from foxdist.layout import BLOCK
 
 # A program takes one block of up to GROUP heads: [B, T, H] is read along H, [B, H, n, BLOCK] along the tokens.
@@ -27,8 +28,18 @@ def block_sums(log_f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     c_in = torch.empty(rows, heads, blocks, BLOCK, device=log_f.device, dtype=torch.float32)
     table = torch.empty(rows, heads, blocks, 2, device=log_f.device, dtype=torch.float32)
     group = _group(heads)
-    _block_sums[(blocks, triton.cdiv(heads, group), rows)](
-        log_f, c_in, table, length, heads, blocks, *log_f.stride(), BLOCK, group
+    launch(
+        _block_sums,
+        (blocks, triton.cdiv(heads, group), rows),
+        log_f,
+        c_in,
+        table,
+        length,
+        heads,
+        blocks,
+        *log_f.stride(),
+        BLOCK=BLOCK,
+        GROUP=group,
     )
     return c_in, table
 
@@ -47,10 +58,10 @@ def boundary(
     start = torch.empty(rows, heads, blocks, device=table.device, dtype=torch.int32)
     bounded = torch.empty(rows, heads, device=table.device, dtype=torch.int32)
     of_heads = bound.expand(rows, heads) if isinstance(bound, torch.Tensor) else None
-    _boundary[(rows * heads,)](
+    launch(_boundary, (rows * heads,),
         table.contiguous(), of_heads, base, start, bounded, heads, blocks, (blocks - 1).bit_length(),
         *((0, 0) if of_heads is None else of_heads.stride()), 0.0 if of_heads is not None else float(bound),
-        log_eps or 0.0, log_length, room, log_eps is not None, PIECE,
+        log_eps or 0.0, log_length, room, PRUNE=log_eps is not None, PIECE=PIECE,
     )  # fmt: skip
     return base, start, bounded
 
@@ -59,7 +70,16 @@ def dc_sums(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """[B, H, n] float64: the sum over each block of dc = row + column, both [B, H, n, BLOCK] float32."""
     count = row.numel() // BLOCK
     sums = torch.empty(row.shape[:3], device=row.device, dtype=torch.float64)
-    _dc_sums[(triton.cdiv(count, GROUP),)](row.contiguous(), column.contiguous(), sums, count, BLOCK, GROUP)
+    launch(
+        _dc_sums,
+        (triton.cdiv(count, GROUP),),
+        row.contiguous(),
+        column.contiguous(),
+        sums,
+        count,
+        BLOCK=BLOCK,
+        GROUP=GROUP,
+    )
     return sums
 
 
@@ -74,9 +94,9 @@ def gate_gradient(
     rows, heads, count = row.shape[:3]
     out = torch.empty(rows, length, heads, device=row.device, dtype=torch.float32)
     group = _group(heads)
-    _gate_gradient[(count, triton.cdiv(heads, group), rows)](
+    launch(_gate_gradient, (count, triton.cdiv(heads, group), rows),
         row.contiguous(), column.contiguous(), through.contiguous(), blocks, out,
-        length, heads, count, through.shape[2], BLOCK, group,
+        length, heads, count, through.shape[2], BLOCK=BLOCK, GROUP=group,
     )  # fmt: skip
     return out
 

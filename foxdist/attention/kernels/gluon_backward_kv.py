@@ -39,6 +39,7 @@ from foxdist.attention.kernels.gluon_common import (
     weights,
     work_buffer,
 )
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
@@ -66,7 +67,9 @@ def backward_kv(
     _, pool_length, pool_heads, _ = pool.k.shape
     partial = into.k.dtype == torch.float32
     total = rows * kv_heads * slots
-    kv_kernel[(programs(queries.q.device, total),)](
+    launch(
+        kv_kernel,
+        (programs(queries.q.device, total),),
         tile_descriptor(queries.q, QUERY_TILE),
         tile_descriptor(grad, QUERY_TILE),
         vector_descriptor(rowterm, QUERY_TILE),

@@ -37,6 +37,7 @@ from foxdist.attention.kernels.gluon_common import (
     weights,
     work_buffer,
 )
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries, QueryGrads
@@ -64,7 +65,9 @@ def backward_q(
     count = queries.c_in.shape[2]
     partial = into.q.dtype == torch.float32
     total = rows * heads * count
-    q_kernel[(programs(queries.q.device, total),)](
+    launch(
+        q_kernel,
+        (programs(queries.q.device, total),),
         tile_descriptor(queries.q, 64),
         tile_descriptor(grad, 64),
         tile_descriptor(pool.k, BLOCK),

@@ -35,6 +35,7 @@ from foxdist.attention.kernels.gluon_common import (
     vector_descriptor,
     work_buffer,
 )
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import Pages
@@ -61,7 +62,9 @@ def forward(
     partial = into.out.dtype == torch.float32
     pool_heads = pool.k.shape[2]
     total = rows * heads * count
-    forward_kernel[(programs(queries.q.device, total),)](
+    launch(
+        forward_kernel,
+        (programs(queries.q.device, total),),
         tile_descriptor(queries.q, 64),
         tile_descriptor(pool.k, BLOCK),
         tile_descriptor(pool.v, BLOCK),

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import LOG2_E, aligned, descriptor, load_tile
 from foxdist.attention.queries import Prepared
 from foxdist.layout import BLOCK
@@ -21,7 +22,7 @@ def prepare(out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: tor
     count = c_in.shape[2]
     tile = min(NUMBERS // dim, BLOCK)
     rowterm, delta = torch.empty_like(lse2), torch.empty_like(lse2)
-    _prepare[(rows * heads * count * (BLOCK // tile),)](
+    launch(_prepare, (rows * heads * count * (BLOCK // tile),),
         descriptor(out, tile), descriptor(grad, tile), c_in, lse2, rowterm, delta, heads, count * (BLOCK // tile),
         DIM=dim, ROWS=tile, EXACT=out.dtype == torch.float32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.pages import BlockTable
 from foxdist.attention.queries import Queries
 
@@ -47,14 +48,22 @@ def make_schedule(queries: Queries, table: BlockTable) -> Schedule:
     query_base, slot_base = (empty(rows, heads, size, dtype=torch.float64) for size in (count, slots))
     pieces = triton.cdiv(max(count, slots), LANES)
     costs = empty(rows * (heads + kv_heads), pieces)
-    _ranges[(rows * (heads + kv_heads), pieces)](
+    launch(_ranges, (rows * (heads + kv_heads), pieces),
         queries.start.contiguous(), queries.blocks, table.block.contiguous(), queries.base,
         by_query, by_slot, query_base, slot_base, costs, rows * heads, rows * kv_heads, heads // kv_heads,
-        count, slots, queries.base.shape[-1] - 1, max(count, slots).bit_length(), LANES,
+        count, slots, queries.base.shape[-1] - 1, max(count, slots).bit_length(), LANES=LANES,
     )  # fmt: skip
     order, taken = empty(rows * (heads + kv_heads)), empty(3)
-    _order[(triton.cdiv(rows * heads, HEADS) + triton.cdiv(rows * kv_heads, HEADS),)](
-        costs, order, taken, rows * heads, rows * kv_heads, pieces, HEADS
+    launch(
+        _order,
+        (triton.cdiv(rows * heads, HEADS) + triton.cdiv(rows * kv_heads, HEADS),),
+        costs,
+        order,
+        taken,
+        rows * heads,
+        rows * kv_heads,
+        pieces,
+        HEADS=HEADS,
     )
     query_heads, slot_heads = order.split([rows * heads, rows * kv_heads])
     ranges = by_query[0], by_query[1], by_slot[0], by_slot[1]

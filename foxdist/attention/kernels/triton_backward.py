@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from foxdist.attention.kernels.configs import capability, choose
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import (
     ALONE,
     ALONE_EXACT,
@@ -54,7 +55,9 @@ def backward_kv(
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_kv
     kv_heads, slots = page.shape[1:]
     vector = vector_descriptor if tile.vectors else lambda x, _: x
-    _backward_kv[(page.numel() * (BLOCK // tile.columns),)](
+    launch(
+        _backward_kv,
+        (page.numel() * (BLOCK // tile.columns),),
         descriptor(queries.q, tile.rows),
         descriptor(grad, tile.rows),
         descriptor(pool.k, tile.columns),
@@ -107,7 +110,9 @@ def backward_q(
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_q
     total = schedule.query_base.numel()
-    _backward_q[(total * (BLOCK // tile.rows),)](
+    launch(
+        _backward_q,
+        (total * (BLOCK // tile.rows),),
         descriptor(queries.q, tile.rows),
         descriptor(grad, tile.rows),
         descriptor(pool.k, tile.columns),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from foxdist.attention.kernels.configs import capability, choose
+from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import LOG2_E, descriptor, find_page, load_tile, product, store_tile
 from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.merge import Partial
@@ -43,7 +44,9 @@ def forward(
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).forward
     total = schedule.query_base.numel()
-    _forward[(total * (BLOCK // tile.rows),)](
+    launch(
+        _forward,
+        (total * (BLOCK // tile.rows),),
         descriptor(queries.q, tile.rows),
         descriptor(pool.k, tile.columns),
         descriptor(pool.v, tile.columns),
