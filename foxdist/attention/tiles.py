@@ -27,6 +27,8 @@ def forward(
     bounded: [B, H] int32, heads whose logits leave room for a fixed softmax reference. partial: more pools may follow;
     out is float32 then, else it has q's dtype.
     """
+    if not len(pool.k) and so_far is not None:  # this rank only lends in this stage
+        return so_far
     if backend == "torch":
         result = tiles_torch.forward(queries, pool, table, so_far)
         return result if partial else result._replace(out=result.out.to(queries.q.dtype))
@@ -59,6 +61,8 @@ def backward(
     The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part. partial:
     sums go on, in float32; else dq, dk and dv have the inputs' dtype.
     """
+    if not len(pool.k) and so_far is not None:
+        return so_far, Pages(*(torch.zeros_like(x, dtype=torch.float32) for x in pool))
     if backend == "torch":
         of_queries, of_pool = tiles_torch.backward(queries, pool, table, prepared, so_far)
         if partial:

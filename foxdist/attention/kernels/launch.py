@@ -31,8 +31,6 @@ def forward(
     [B, H] int32, heads whose softmax takes a fixed reference, or None. partial: more pools may follow, and the output
     stays float32; else it has the inputs' dtype.
     """
-    if not len(pool.k) and so_far is not None:
-        return so_far
     queries, pool = _aligned(queries, pool)
     dtype = queries.q.dtype
     if bounded is None:
@@ -62,8 +60,6 @@ def backward(
     The column part of dc stands in `c_in` of the latter with its sign. partial: more sums follow, on both sides, and
     gradients stay float32; else they have the inputs' dtype. Gradients of pages that no slot holds are not written.
     """
-    if not len(pool.k) and so_far is not None:
-        return so_far, Pages(*(torch.zeros_like(x, dtype=torch.float32) for x in pool))
     queries, pool = _aligned(queries, pool)
     own, dtype = so_far is None, queries.q.dtype
     kept = torch.float32 if partial else dtype

@@ -22,23 +22,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if _INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    key = kernel, torch.cuda.current_device(), tuple(map(_kind, arguments)), tuple(constants.items())
+    kinds: list[Any] = []
+    values: list[Any] = []
+    for x in arguments:
+        kind = type(x)
+        if kind is torch.Tensor:
+            dtype, x = x.dtype, x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
+            kinds.append((dtype, x & 15 == 0))
+        elif kind is int:
+            kinds.append((x == 1, x & 15 == 0, x.bit_length() > 31))
+        elif x is None or kind is float:
+            kinds.append(kind)
+        else:  # a descriptor, whose layout follows from its block
+            kinds.append((x.base.dtype, *x.block_shape))
+        values.append(x)
+    key = kernel, torch.cuda.current_device(), tuple(kinds), tuple(constants.items())
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*arguments, **constants)
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return
-    compiled, values = known
-    compiled[(*grid, 1, 1)[:3]](*arguments, *values)
-
-
-def _kind(x: Any) -> Any:
-    """What a variant depends on: types, values of 1, and divisibility by 16."""
-    kind = type(x)
-    if kind is torch.Tensor:
-        return x.dtype, x.data_ptr() & 15 == 0
-    if kind is int:
-        return x == 1, x & 15 == 0, x.bit_length() > 31
-    if x is None or kind is float:
-        return kind
-    return x.base.dtype, tuple(x.block_shape)  # a descriptor, whose layout follows from these
+    compiled, last = known
+    compiled[(*grid, 1, 1)[:3]](*values, *last)
