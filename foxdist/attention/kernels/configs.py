@@ -61,13 +61,50 @@ HOPPER = {
 }
 
 
+class Variants(NamedTuple):
+    """Compile-time choices of the three Gluon kernels, whose tiles are fixed: 64 queries or keys for each consumer."""
+
+    forward: dict[str, int]
+    """ST: buffers of K and of V. QB: of Q."""
+    backward_kv: dict[str, int]
+    """ST: buffers of Q and of dO. KB: of K and V. AREG: K and V are register operands."""
+    backward_q: dict[str, int]
+    """ST: buffers of K and of V. QB: of Q and dO. AREG: Q and dO are register operands."""
+
+
+# One H200, Triton 3.6, bf16, T=65536; ms with 17.7 % of the tiles kept / with all.
+GLUON = {
+    64: Variants(
+        forward={"ST": 2, "QB": 2},  # 3.28 / 19.3 fixed, 3.85 / 22.3 running maximum
+        backward_kv={"ST": 3, "KB": 2, "AREG": True},  # 5.51 / 33.3; KB 1 5.83 / 33.0
+        backward_q={"ST": 3, "QB": 2, "AREG": True},  # 4.06 / 24.7; QB 1 4.26 / 24.8
+    ),
+    128: Variants(
+        forward={"ST": 2, "QB": 2},  # 2.25 / 14.7 fixed, 2.85 / 16.0 running maximum
+        backward_kv={"ST": 2, "KB": 1, "AREG": False},  # 4.63 / 27.6; KB 2 4.72 / 28.5, ST 3 4.67 / 27.5
+        backward_q={"ST": 2, "QB": 1, "AREG": False},  # 3.63 / 21.4
+    ),
+}
+# What was tried in these kernels, in the same units; the GPU moves by 3 to 5 % between calls.
+# - One program for each piece of work, in place of programs that stay and take from a counter: at D=64 forward 3.42,
+#   dK/dV 5.74, dQ 4.73; at D=128 2.29, 5.00, 3.86. A static stride over the pieces was slower than either.
+# - Taking the next piece at the start of one, and not three blocks before its end: 15 % slower at 16k tokens (8 heads).
+# - Exponentials held in front of the wait by a barrier: dQ at D=64, dense, 28.0 to 26.4 with register operands, but
+#   28.4 to 30.4 without; forward level.
+# - Order of work: heads by their tiles, or tiles sorted in steps of sqrt(2), level at 64k; by query block, or by head
+#   number, up to 15 % slower forward at D=128. Sorting the tiles cost 0.12 ms.
+# - Scores of the next tile ahead, in backward: dK/dV at D=64 5.94, dQ with 64 keys a tile 4.93 before the counter;
+#   D=128 has no registers for it (C7512). 64 keys a tile for dQ at D=128: 23.8 dense where 128 keys took 21.5.
+# - Vectors read after the wait and not before: bytes spilled at D=128 from 592 to 344 (dK/dV) and 352 to 132 (dQ).
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """(major, minor) of a GPU. A CPU, where kernels are interpreted, runs what Hopper runs."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def choose(family: str, capability: tuple[int, int], dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `family` ("triton") on a GPU of `capability`, for heads of `dim` numbers.
+    """The tiles of `family` ("triton"; Gluon's are in `GLUON`) on a GPU of `capability`, for heads of `dim` numbers.
 
     Raises `ValueError` for a family without tiles to choose, and for a `dim` that has no kernel.
     """

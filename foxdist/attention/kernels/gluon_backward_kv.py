@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foxdist.attention.kernels.configs import GLUON
 from foxdist.attention.kernels.gluon_common import (
     AHEAD,
     ALONE,
@@ -44,8 +45,6 @@ from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
 
-# By head dimension: buffers of a query tile, buffers of K and V, K and V as register operands. See configs.py.
-VARIANTS = {64: {"ST": 3, "KB": 2, "AREG": True}, 128: {"ST": 2, "KB": 1, "AREG": False}}
 QUERY_TILE = 64
 
 
@@ -102,7 +101,7 @@ def backward_kv(
         OWN=own,
         PARTIAL=partial,
         GROUPED=heads != kv_heads,
-        **VARIANTS[dim],
+        **GLUON[dim].backward_kv,
         **LAUNCH,
     )
 

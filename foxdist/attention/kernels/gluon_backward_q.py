@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foxdist.attention.kernels.configs import GLUON
 from foxdist.attention.kernels.gluon_common import (
     AHEAD,
     ALONE,
@@ -42,9 +43,6 @@ from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries, QueryGrads
 from foxdist.layout import BLOCK
-
-# By head dimension: buffers of K and V, buffers of Q and dO, Q and dO as register operands. See configs.py.
-VARIANTS = {64: {"ST": 3, "QB": 2, "AREG": True}, 128: {"ST": 2, "QB": 1, "AREG": False}}
 
 
 def backward_q(
@@ -98,7 +96,7 @@ def backward_q(
         OWN=own,
         PARTIAL=partial,
         ADD=add,
-        **VARIANTS[dim],
+        **GLUON[dim].backward_q,
         **LAUNCH,
     )
 

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foxdist.attention.kernels.configs import GLUON
 from foxdist.attention.kernels.gluon_common import (
     AHEAD,
     CONSUMER_REGISTERS,
@@ -41,8 +42,6 @@ from foxdist.attention.merge import Partial
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
 from foxdist.layout import BLOCK
-
-STAGES = 2  # buffers of K and of V; 4 were 2 to 4 % slower (D = 64, dense, 64k tokens)
 
 
 def forward(
@@ -91,8 +90,7 @@ def forward(
         pool.c_in.shape[2],
         queries.scale,
         D=dim,
-        ST=STAGES,
-        QB=2,
+        **GLUON[dim].forward,
         OWN=own,
         PARTIAL=partial,
         MERGE=merge,
