@@ -108,6 +108,8 @@ def test_views_are_fine():
         ({"log_f": torch.zeros(1, 256, 2, dtype=torch.float64)}, "log_f"),
         ({"log_f": torch.full((1, 256, 2), 0.1)}, "log_f"),
         ({"backend": "cudnn"}, "backend='cudnn'"),
+        ({"backend": "gluon"}, "backend='gluon': needs a Hopper GPU"),
+        ({"backend": "triton", **{x: torch.zeros(1, 256, 2, 40) for x in "qkv"}}, "backend='triton': needs a head dim"),
         ({"acp": Acp(logit_bound=torch.ones(3))}, "logit_bound"),
     ],
 )
@@ -115,6 +117,14 @@ def test_mistakes_are_named(change, word):
     arguments = {name: torch.zeros(1, 256, 2, 16) for name in ("q", "k", "v")} | {"log_f": torch.zeros(1, 256, 2)}
     with pytest.raises(ValueError, match=word):
         forgetting_attention(**{**arguments, **change})
+
+
+def test_what_ran_and_why_nothing_faster_did():
+    tensors = inputs(1, 128, 2)
+    _, stats = forgetting_attention(*tensors, return_stats=True)
+    assert (stats.backend, stats.reason) == ("torch", "gluon needs a Hopper GPU (sm_90); triton runs on a GPU")
+    _, stats = forgetting_attention(*tensors, backend="torch", return_stats=True)
+    assert (stats.backend, stats.reason) == ("torch", ""), "nobody asked for anything faster"
 
 
 @pytest.mark.parametrize("acp", [None, Acp(), Acp(logit_bound=4.0)])

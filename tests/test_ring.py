@@ -69,6 +69,31 @@ def test_ranks_give_what_one_process_gives(ranks, size, case, layout, schedule, 
         assert relative(got, reference) < (1e-4 if name == "dlog_f" else 1e-5), name
 
 
+def attend_in_kernels(rank, size, layout, schedule):
+    """As `attend`, in the kernels that a GPU runs, here in Triton's interpreter: small, as that takes its time."""
+    tensors = inputs(1, 512, 2, 1, 16, "mild", seed=3, dtype=torch.bfloat16)
+    weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    if size > 1:
+        tensors = [shard(x, rank, size, layout).clone() for x in tensors]
+        weight = shard(weight, rank, size, layout)
+    cp = ContextParallel(dist.group.WORLD, layout, schedule) if size > 1 else None
+    tensors = [x.requires_grad_() for x in tensors]
+    out, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.1), cp=cp, backend="triton", return_stats=True)
+    return [out.detach(), *torch.autograd.grad(out, tensors, weight)], stats.bytes_sent
+
+
+@pytest.mark.parametrize("layout, schedule", [("zigzag", "ring"), ("contiguous", "gather")])
+def test_kernels_over_ranks_give_what_they_give_on_one(ranks, layout, schedule):
+    answers = ranks(2, attend_in_kernels, layout, schedule)
+    assert any(sent for _, sent in answers), "nothing was borrowed, so nothing was tested"
+    alone, _ = attend_in_kernels(0, 1, layout, schedule)
+    eps = torch.finfo(torch.bfloat16).eps
+    for i, (name, reference) in enumerate(zip(NAMES, alone)):
+        got = unshard([grads[i] for grads, _ in answers], layout)
+        # The interpreter cuts off where torch rounds, which finishes what several pools added up: an ulp of out.
+        assert relative(got, reference) <= eps, name
+
+
 @pytest.mark.parametrize("layout, schedule", itertools.product(["zigzag", "contiguous"], ["gather", "ring"]))
 def test_blocking_and_overlapped_give_the_same_bits(ranks, layout, schedule):
     runs = [
