@@ -25,6 +25,7 @@ from foxdist import checkpoint, log, run_folder
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist.attention import Acp, ContextParallel
+from foxdist.attention.backends import choose_backend
 from foxdist.check import describe
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
@@ -127,6 +128,13 @@ def check_before_start(config: Config, world: int) -> None:
         raise ConfigError(
             "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
         )
+    if config.model.backend != "auto":
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            choose_backend(config.model.backend, device, dtype, config.model.head_dim)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from error
     steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
     check_wandb(config)
     run_folder.check(config)

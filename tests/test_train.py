@@ -197,6 +197,7 @@ def test_a_non_finite_number_stops_every_rank_before_the_update(ranks, data, tmp
         ({"parallel__cp": 3, "data__sequence_length": 768}, [], ["parallel.cp=3: does not divide the 1 ranks"]),
         ({"metrics__wandb": "online"}, [], ["metrics.wandb=online", "wandb login"]),
         ({"parallel__transport": "nccl"}, [], ["parallel.transport=nccl", "finds none"]),
+        ({"model__backend": "gluon"}, [], ["model.backend='gluon'", "Hopper"]),
     ],
 )
 def test_mistakes_end_before_anything_starts(data, tmp_path, monkeypatch, capsys, changes, overrides, words):
