@@ -19,11 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foxdist.attention.kernels.configs import GLUON
 from foxdist.attention.kernels.gluon_common import (
     AHEAD,
-    ALONE,
     CONSUMER_REGISTERS,
     LAUNCH,
+    POINTERS,
     PRODUCER_REGISTERS,
     ROWS,
+    SIZES,
     add_row_sums,
     barriers,
     hand_out,
@@ -32,6 +33,7 @@ from foxdist.attention.kernels.gluon_common import (
     page_place,
     programs,
     receive,
+    row_places,
     scores_of,
     tile_descriptor,
     tma_load,
@@ -41,6 +43,7 @@ from foxdist.attention.kernels.gluon_common import (
     work_buffer,
 )
 from foxdist.attention.kernels.launcher import launch
+from foxdist.attention.kernels.operands import ALONE
 from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
@@ -288,16 +291,13 @@ def _finish(k_tile, v_tile, dk, dv, page, outs, sizes, C: gl.constexpr, D: gl.co
     """Writes 64 rows of dK and dV; the tiles of K and V make room for them."""
     dk_desc, dv_desc, dk_ptr, dv_ptr = outs
     _, _, _, _, _, pool_length, pool_heads, pool_blocks = sizes
-    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     b, h, block = page_place(page, pool_heads, pool_blocks)
     t0 = block * 128 + C * 64
     if PARTIAL:
-        t = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, o_l))
-        d = gl.arange(0, D, layout=gl.SliceLayout(0, o_l))
-        places = ((b.to(gl.int64) * pool_length + t) * pool_heads + h)[:, None] * D + d[None, :]
-        real = (t < pool_length)[:, None] & (d >= 0)[None, :]
-        gl.store(dk_ptr + places, dk, mask=real)
-        gl.store(dv_ptr + places, dv, mask=real)
+        dk_places, real = row_places(dk_ptr, b, t0, pool_length, h, pool_heads, D)
+        dv_places, _ = row_places(dv_ptr, b, t0, pool_length, h, pool_heads, D)
+        gl.store(dk_places, dk, mask=real)
+        gl.store(dv_places, dv, mask=real)
     else:
         k_tile.store(dk.to(k_tile.dtype))
         v_tile.store(dv.to(v_tile.dtype))
@@ -307,12 +307,7 @@ def _finish(k_tile, v_tile, dk, dv, page, outs, sizes, C: gl.constexpr, D: gl.co
         tma.store_wait(0)
 
 
-# One compilation for all sizes: ranks that compile at different times would wait for each other.
-_POINTERS = ["first_ptr", "last_ptr", "heads_ptr", "taken_ptr", "page_ptr"]
-_SIZES = ["heads", "kv_heads", "count", "slots", "total", "pool_length", "pool_heads", "pool_blocks"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def kv_kernel(
     q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dc_ptr, c_ptr, query_base_ptr,
     slot_base_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr, heads, kv_heads, count, slots, total,

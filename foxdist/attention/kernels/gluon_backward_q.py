@@ -16,29 +16,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foxdist.attention.kernels.configs import GLUON
 from foxdist.attention.kernels.gluon_common import (
-    AHEAD,
-    ALONE,
     CONSUMER_REGISTERS,
     LAUNCH,
+    POINTERS,
     PRODUCER_REGISTERS,
-    ROWS,
+    SIZES,
     add_row_sums,
     barriers,
-    hand_out,
+    bring_slots,
     no_sums,
     ones_tile,
-    page_place,
     programs,
+    query_work,
     receive,
+    row_places,
     scores_of,
+    store_rows,
     tile_descriptor,
-    tma_load,
-    tma_store,
     vector_descriptor,
     weights,
     work_buffer,
 )
 from foxdist.attention.kernels.launcher import launch
+from foxdist.attention.kernels.operands import ALONE
 from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries, QueryGrads
@@ -102,63 +102,6 @@ def backward_q(
 
 
 @gluon.jit
-def _work(work, heads_ptr, first_ptr, last_ptr, count):
-    """(b * H + h, query block, first slot, last slot) of a piece of work."""
-    head = gl.load(heads_ptr + work // count)
-    m = count - 1 - work % count
-    at = head * count + m
-    return head, m, gl.load(first_ptr + at), gl.load(last_ptr + at)
-
-
-@gluon.jit
-def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr):
-    q_desc, do_desc, k_desc, v_desc, c_desc = descs
-    _, _, _, _, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
-    _, heads, kv_heads, count, slots, total, pool_heads, pool_blocks = sizes
-    q_s, do_s, k_s, v_s, c_s, _, work_s = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty = bars
-    group = heads // kv_heads
-    n = 0
-    it = 0
-    work = gl.atomic_add(taken_ptr, 1)
-    while work < total:
-        head, m, first, last = _work(work, heads_ptr, first_ptr, last_ptr, count)
-        page_row = page_ptr + (head // group) * slots
-        page = gl.load(page_row + gl.maximum(last, 0))
-        upcoming = -1
-        if last >= first:
-            hand_out(work, n, work_s, work_full, work_empty)
-            for i in range(last - first + 1):
-                st = it % ST
-                ph = ((it // ST) & 1) ^ 1
-                b, h, block = page_place(page, pool_heads, pool_blocks)
-                page = gl.load(page_row + gl.maximum(last - i - 1, 0))  # ahead of its use
-                if i == gl.maximum(last - first - AHEAD, 0):
-                    upcoming = gl.atomic_add(taken_ptr, 1)
-                mbarrier.wait(k_empty.index(st), ph)
-                mbarrier.expect(k_full.index(st), BN * D * 2 + BN * 4)
-                tma_load(k_desc, [b, block * BN, h, 0], k_full.index(st), k_s.index(st))
-                c_row = ((b * pool_heads + h) * group + head % group) * pool_blocks + block
-                tma_load(c_desc, [c_row * BN], k_full.index(st), c_s.index(st))
-                if i == 0:  # after the first K, which does not have to wait for the last outputs
-                    mbarrier.wait(q_empty.index(n % QB), ((n // QB) & 1) ^ 1)
-                    mbarrier.expect(q_full.index(n % QB), 4 * ROWS * D * 2)
-                    for c in gl.static_range(2):
-                        at = [head // heads, m * 128 + c * ROWS, head % heads, 0]
-                        tma_load(q_desc, at, q_full.index(n % QB), q_s.index(n % QB * 2 + c))
-                        tma_load(do_desc, at, q_full.index(n % QB), do_s.index(n % QB * 2 + c))
-                mbarrier.wait(v_empty.index(st), ph)
-                mbarrier.expect(v_full.index(st), BN * D * 2)
-                tma_load(v_desc, [b, block * BN, h, 0], v_full.index(st), v_s.index(st))
-                it += 1
-            n += 1
-        if upcoming < 0:
-            upcoming = gl.atomic_add(taken_ptr, 1)
-        work = upcoming
-    hand_out(total, n, work_s, work_full, work_empty)
-
-
-@gluon.jit
 def _step(
     it, q, do, r, shift, row, dl, scale, smem, bars, dq, dr,
     D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, MASK: gl.constexpr,
@@ -210,7 +153,7 @@ def _consumer(
     it = 0
     work = receive(0, work_s, work_full, work_empty)
     while work < total:
-        head, m, first, last = _work(work, heads_ptr, first_ptr, last_ptr, count)
+        head, m, first, last = query_work(work, heads_ptr, first_ptr, last_ptr, count)
         at = head * count + m
         place = at.to(gl.int64) * 128 + row
         r = gl.load(r_ptr + place)
@@ -252,33 +195,21 @@ def _finish(
     """Writes 64 rows of dQ and their sums, added to what is there if ADD; Q's tile makes room for them."""
     dq_desc, dq_ptr, row_ptr = outs
     length, heads, _, _, _, _, _, _ = sizes
-    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     if ADD:
         sums += gl.load(row_ptr + place)
     gl.store(row_ptr + place, sums)
     t0 = m * 128 + C * 64
     if PARTIAL:
-        t = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, o_l))
-        d = gl.arange(0, D, layout=gl.SliceLayout(0, o_l))
-        token = ((head // heads).to(gl.int64) * length + t) * heads + head % heads
-        places = dq_ptr + token[:, None] * D + d[None, :]
-        real = (t < length)[:, None] & (d >= 0)[None, :]
+        places, real = row_places(dq_ptr, head // heads, t0, length, head % heads, heads, D)
         if ADD:
             dq += gl.load(places, mask=real, other=0.0)
         gl.store(places, dq, mask=real)
     else:
-        q_tile.store(dq.to(q_tile.dtype))
-        fence_async_shared()
-        tma_store(dq_desc, [head // heads, t0, head % heads, 0], q_tile)
+        store_rows(dq, q_tile, dq_desc, head // heads, t0, head % heads)
         tma.store_wait(0)
 
 
-# One compilation for all sizes: ranks that compile at different times would wait for each other.
-_SIZES = ["length", "heads", "kv_heads", "count", "slots", "total", "pool_heads", "pool_blocks"]
-_POINTERS = ["first_ptr", "last_ptr", "heads_ptr", "taken_ptr", "page_ptr"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def q_kernel(
     q_desc, do_desc, k_desc, v_desc, c_desc, dq_desc, dq_ptr, row_ptr, r_ptr, dl_ptr, query_base_ptr, slot_base_ptr,
     first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr, length, heads, kv_heads, count, slots, total, pool_heads,
@@ -302,12 +233,14 @@ def q_kernel(
     ptrs = (r_ptr, dl_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr)
     sizes = (length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks)
     outs = (dq_desc, dq_ptr, row_ptr)
-    descs = (q_desc, do_desc, k_desc, v_desc, c_desc)
+    descs = ((q_desc, do_desc), k_desc, v_desc, c_desc)
+    slot_ptrs = (first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr)
+    slot_smem = ((q_s, do_s), k_s, v_s, c_s, smem[6])
     gl.warp_specialize(
         [
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BN, ST, QB, OWN, PARTIAL, ADD, AREG)),
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BN, ST, QB, OWN, PARTIAL, ADD, AREG)),
-            (_producer, (descs, ptrs, sizes, smem, bars, D, BN, ST, QB)),
+            (bring_slots, (descs, slot_ptrs, sizes, slot_smem, bars, D, ST, QB, ST)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from foxdist.attention.kernels.operands import LOG2_E
 
 # Triton 3.9 names first, then those of 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
-# A weight this close to 1 belongs to a query with one key, whose scores have no gradient; see `operands`.
-ALONE: gl.constexpr = gl.constexpr(1 - 2.0**-12)
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: one wgmma's
 # Threads: 4 warps for each consumer, 1 for the producer, which needs few registers. The compiler gives the first
 # consumer what is left of the register file at this maximum: 240 too.
@@ -31,6 +30,11 @@ PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 # Blocks before the end of a piece of work at which the next is taken: enough to hide the counter, and few, as what is
 # taken waits. Taken at the start, forward + backward at 16k tokens were 15 % slower (8 heads, D = 128, ACP, one H200).
 AHEAD: gl.constexpr = gl.constexpr(3)
+
+# One compilation for all sizes: ranks that compile at different times would wait for each other. Names of all kernels'
+# parameters; the pointers may be into the middle of a tensor.
+SIZES = ["length", "pool_length", "heads", "kv_heads", "count", "slots", "total", "pool_heads", "pool_blocks"]
+POINTERS = ["first_ptr", "last_ptr", "heads_ptr", "taken_ptr", "page_ptr"]
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -146,3 +150,80 @@ def weights(s, r, shift, c, scale):
     as the compiler may join products and sums in one kernel and leave them in the other.
     """
     return gl.exp2(gl.fma(s, scale * LOG2_E, gl.fma(c, -LOG2_E, gl.fma(shift, LOG2_E, r))))
+
+
+@gluon.jit
+def query_work(work, heads_ptr, first_ptr, last_ptr, count):
+    """(b * H + h, query block, first slot, last slot) of a piece of work that is a query block."""
+    head = gl.load(heads_ptr + work // count)
+    m = count - 1 - work % count
+    at = head * count + m
+    return head, m, gl.load(first_ptr + at), gl.load(last_ptr + at)
+
+
+@gluon.jit
+def bring_slots(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, CB: gl.constexpr):
+    """Producer of the kernels whose work is a query block: its rows (of Q, or of Q and dO), then slot after slot, the
+    last first, K with the keys' gate sums, and V. Buffers: ST of K and of V, QB of the rows, CB of the gate sums."""
+    row_descs, k_desc, v_desc, c_desc = descs
+    first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
+    _, heads, kv_heads, count, slots, total, pool_heads, pool_blocks = sizes
+    rows_s, k_s, v_s, c_s, work_s = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty = bars
+    group = heads // kv_heads
+    n = 0
+    it = 0
+    work = gl.atomic_add(taken_ptr, 1)
+    while work < total:
+        head, m, first, last = query_work(work, heads_ptr, first_ptr, last_ptr, count)
+        page_row = page_ptr + (head // group) * slots
+        page = gl.load(page_row + gl.maximum(last, 0))
+        upcoming = -1
+        if last >= first:
+            hand_out(work, n, work_s, work_full, work_empty)
+            for i in range(last - first + 1):
+                st = it % ST
+                ph = ((it // ST) & 1) ^ 1
+                b, h, block = page_place(page, pool_heads, pool_blocks)
+                page = gl.load(page_row + gl.maximum(last - i - 1, 0))  # ahead of its use
+                if i == gl.maximum(last - first - AHEAD, 0):
+                    upcoming = gl.atomic_add(taken_ptr, 1)
+                mbarrier.wait(k_empty.index(st), ph)
+                mbarrier.expect(k_full.index(st), 128 * D * 2 + 128 * 4)
+                tma_load(k_desc, [b, block * 128, h, 0], k_full.index(st), k_s.index(st))
+                c_row = ((b * pool_heads + h) * group + head % group) * pool_blocks + block
+                tma_load(c_desc, [c_row * 128], k_full.index(st), c_s.index(it % CB))
+                if i == 0:  # after the first K, which does not have to wait for the last outputs
+                    mbarrier.wait(q_empty.index(n % QB), ((n // QB) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(n % QB), len(row_descs) * 2 * ROWS * D * 2)
+                    for c in gl.static_range(2):
+                        at = [head // heads, m * 128 + c * ROWS, head % heads, 0]
+                        for r in gl.static_range(len(row_descs)):
+                            tma_load(row_descs[r], at, q_full.index(n % QB), rows_s[r].index(n % QB * 2 + c))
+                mbarrier.wait(v_empty.index(st), ph)
+                mbarrier.expect(v_full.index(st), 128 * D * 2)
+                tma_load(v_desc, [b, block * 128, h, 0], v_full.index(st), v_s.index(st))
+                it += 1
+            n += 1
+        if upcoming < 0:
+            upcoming = gl.atomic_add(taken_ptr, 1)
+        work = upcoming
+    hand_out(total, n, work_s, work_full, work_empty)
+
+
+@gluon.jit
+def row_places(ptr, b, t0, length, h, heads, D: gl.constexpr):
+    """(pointers, which are real) of 64 rows from t0 of a contiguous [B, T, heads, D] tensor of T = length."""
+    o_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    t = t0 + gl.arange(0, 64, layout=gl.SliceLayout(1, o_l))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, o_l))
+    token = (b.to(gl.int64) * length + t) * heads + h
+    return ptr + token[:, None] * D + d[None, :], (t < length)[:, None] & (d >= 0)[None, :]
+
+
+@gluon.jit
+def store_rows(x, tile, desc, b, t0, h):
+    """Posts 64 rows from t0 to a tensor [B, T, heads, D], in its dtype, by way of `tile` in shared memory."""
+    tile.store(x.to(tile.dtype))
+    fence_async_shared()
+    tma_store(desc, [b, t0, h, 0], tile)
