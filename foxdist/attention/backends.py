@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from foxdist.attention.kernels.configs import DIMS, GLUON
 from foxdist.log import log
 
 FASTEST_FIRST = ("gluon", "triton", "torch")
 BACKENDS = ("auto", *FASTEST_FIRST)
-GLUON_DIMS = (64, 128)
-TRITON_DIMS = (16, 32, 64, 128, 256)
 
 
 class Backend(NamedTuple):
@@ -66,13 +65,13 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> 
     if name == "triton":
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"needs a CUDA GPU, not {device.type} (or TRITON_INTERPRET=1, for tests)"
-        return "" if dim in TRITON_DIMS else f"needs a head dimension of {_either(TRITON_DIMS)}, not {dim}"
+        return "" if dim in DIMS else f"needs a head dimension of {_either(DIMS)}, not {dim}"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "needs a Hopper GPU (sm_90)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {dtype}"
-    if dim not in GLUON_DIMS:
-        return f"needs a head dimension of {_either(GLUON_DIMS)}, not {dim}"
+    if dim not in GLUON:
+        return f"needs a head dimension of {_either(tuple(GLUON))}, not {dim}"
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         return "needs a Triton with Gluon (3.6 or newer)"
     return ""

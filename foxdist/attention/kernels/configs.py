@@ -85,7 +85,7 @@ GLUON = {
         backward_q={"ST": 2, "QB": 1, "AREG": False},  # 3.63 / 21.4
     ),
 }
-# What was tried in these kernels, in the same units; the GPU moves by 3 to 5 % between calls.
+# What was tried in these kernels, each timed on its own, in the same units; the GPU moves by 3 to 5 % between calls.
 # - One program for each piece of work, in place of programs that stay and take from a counter: at D=64 forward 3.42,
 #   dK/dV 5.74, dQ 4.73; at D=128 2.29, 5.00, 3.86. A static stride over the pieces was slower than either.
 # - Taking the next piece at the start of one, and not three blocks before its end: 15 % slower at 16k tokens (8 heads).
