@@ -7,7 +7,7 @@ from foxdist.attention import RESET, naive_forgetting_attention, tiles_torch
 from foxdist.attention import gates as sums
 from foxdist.attention.kernels import configs, launch, triton_backward, triton_forward
 from foxdist.attention.kernels.preprocess import prepare
-from foxdist.attention.kernels.schedule import make_schedule
+from foxdist.attention.kernels.schedule import make_schedule, schedule_size
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
@@ -380,8 +380,16 @@ def test_schedule_is_what_brute_force_finds(seed):
     table = BlockTable(block.to(DEVICE), torch.where(block < total, 0, -1).int().to(DEVICE))
     q = torch.empty(rows, 1, heads, 16, device=DEVICE)
     queries = Queries(q, None, base.to(DEVICE), start.int().to(DEVICE), blocks.to(DEVICE), 1.0)
-    schedule = [x.cpu() for x in make_schedule(queries, table)]
-    first_slot, last_slot, first_query, last_query, query_base, slot_base, *orders, taken = schedule
+    words = make_schedule(queries, table).cpu()
+    assert len(words) == schedule_size(rows, heads, kv_heads, len(blocks), slots)
+    of_queries, of_slots = rows * heads * len(blocks), rows * heads * slots
+    query_base, slot_base = words[: of_queries + of_slots].view(torch.float64).split([of_queries, of_slots])
+    query_base, slot_base = query_base.view(rows, heads, -1), slot_base.view(rows, heads, -1)
+    sizes = [of_queries, of_queries, of_slots, of_slots, rows * heads, rows * kv_heads, 3]
+    ints = words[of_queries + of_slots :].view(torch.int32)
+    *ranges, taken = ints[: sum(sizes)].split(sizes)
+    first_slot, last_slot, first_query, last_query = (x.view(rows, heads, -1) for x in ranges[:4])
+    orders = ranges[4:]
     held = block.repeat_interleave(heads // kv_heads, 1)
     meets = (held[:, :, None] >= start[..., None]) & (held[:, :, None] <= blocks[:, None])  # [B, H, n, S]
     for first, last, wanted in ((first_slot, last_slot, meets), (first_query, last_query, meets.transpose(2, 3))):

@@ -64,8 +64,7 @@ def gate_gradient(
     if _in_kernels(row, backend):
         from foxdist.attention.kernels import gates as kernels
 
-        through = whole(kernels.dc_sums(row, column)).cumsum(-1)
-        return kernels.gate_gradient(row, column, through, blocks, length)
+        return kernels.gate_gradient(row, column, whole(kernels.dc_sums(row, column)), blocks, length)
     dc = row.double() + column.double()
     sums = whole(dc.sum(-1))
     later = sums.flip(-1).cumsum(-1).flip(-1) - sums

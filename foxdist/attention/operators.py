@@ -7,13 +7,13 @@ Registered with `Library`, not `custom_op`, whose own layers of Python double th
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from foxdist.attention import ring
+from foxdist.attention import ring, tiles
 from foxdist.attention.acp import Acp
 from foxdist.attention.plan import Plan
 from foxdist.attention.replay import remember
@@ -24,16 +24,16 @@ from foxdist.layout import BLOCK, chunk_count
 Outputs = tuple[torch.Tensor, ...]
 
 _library = torch.library.Library("foxdist", "FRAGMENT")
-# out, lse2, c_in, base, start are those of `ring.Result`, need is that of `Plan` or [0], counts those of stats.py.
+# out, lse2, c_in, base, start, schedule are those of `ring.Result`, need is that of `Plan` or [0], counts of stats.py.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor? bound_by_head, float? bound_number, float? log_eps, "
     "str bound, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, Tensor base, Tensor start, "
-    "Tensor need, Tensor counts)",
+    "Tensor schedule, Tensor need, Tensor counts)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor c_in, Tensor base, "
-    "Tensor start, Tensor need, float scale, str backend, str cp) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor start, Tensor schedule, Tensor need, float scale, str backend, str cp) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _attention = torch.ops.foxdist.attention.default
@@ -54,7 +54,7 @@ def attention(
     """(out, start, counts), of which out is differentiable. Arguments are checked already; `cp` has several ranks."""
     given = acp.logit_bound if acp else None
     by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
-    out, _, _, _, start, _, counts = _attention(
+    out, _, _, _, start, _, _, counts = _attention(
         q,
         k,
         v,
@@ -92,16 +92,15 @@ def _forward(
     def compute() -> tuple[torch.Tensor, ...]:
         result, counts = ring.forward(q, k, v, log_f, call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
-        return tuple(
-            x.contiguous() for x in (result.out, result.lse2, result.c_in, result.base, result.start, need, counts)
-        )
+        kept = result.out, result.lse2, result.c_in, result.base, result.start, result.schedule
+        return *(x.contiguous() for x in kept), need, counts
 
     with _as_written(q):
         return remember(compute)
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, *rest: Any) -> Outputs:
-    *_, cp = rest
+    *_, backend, cp = rest
     rows, length, heads, _ = q.shape
     blocks = -(-length // BLOCK)
     spread = context_parallel(cp)
@@ -110,12 +109,14 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torc
         total = blocks * spread.size
         need = [rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout)]
     sums = log_f.new_empty(rows, heads, blocks, BLOCK)
+    words = tiles.schedule_size(backend, rows, heads, k.shape[2], blocks)
     return (
         q.new_empty(q.shape),
         sums,
         torch.empty_like(sums),
         log_f.new_empty(rows, heads, total + 1, dtype=torch.float64),
         log_f.new_empty(rows, heads, total, dtype=torch.int32),
+        log_f.new_empty(words, dtype=torch.int64),
         log_f.new_empty(need, dtype=torch.int64, device="cpu"),
         log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
     )
@@ -131,6 +132,7 @@ def _backward(
     c_in: torch.Tensor,
     base: torch.Tensor,
     start: torch.Tensor,
+    schedule: torch.Tensor,
     need: torch.Tensor,
     scale: float,
     backend: str,
@@ -138,7 +140,7 @@ def _backward(
 ) -> Outputs:
     spread = context_parallel(cp)
     plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread else None
-    result = ring.Result(out, lse2, c_in, base, start, plan)
+    result = ring.Result(out, lse2, c_in, base, start, schedule, plan)
     with _as_written(q):
         gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend))
     return tuple(x.contiguous() for x in gradients)
@@ -174,7 +176,9 @@ class _Attention(torch.autograd.Function):
 @contextmanager
 def _as_written(like: torch.Tensor) -> Iterator[None]:
     """Every product in the dtype it is written in, which a caller's autocast would change; kernels on `like`'s GPU."""
-    with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
+    kind = like.device.type
+    as_written = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with as_written, torch.cuda.device_of(like):
         yield
 
 

@@ -48,6 +48,7 @@ class Result:
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64
     start: torch.Tensor  # [B, H, N] int32
+    schedule: torch.Tensor  # of the own pool, by `tiles.make_schedule`
     plan: Plan | None
 
 
@@ -65,13 +66,14 @@ def forward(
     rounds = Rounds(plan, cp, pool)
     rounds.post()
     several = rounds.posted is not None
-    partial = tiles.forward(call.backend, queries, pool, own, bounded, None, partial=several)
+    schedule = tiles.make_schedule(call.backend, queries, own)
+    partial = tiles.forward(call.backend, queries, pool, own, bounded, None, schedule, partial=several)
     while rounds.posted:
         route, arrived = rounds.take()
         rounds.post()
         partial = tiles.forward(call.backend, queries, arrived, route.table, bounded, partial, partial=True)
 
-    result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, plan)
+    result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, schedule, plan)
     return result, _counts(start, pool, plan, cp, rounds.swaps)
 
 
@@ -85,7 +87,9 @@ def backward(
     rounds = Rounds(result.plan, cp, pool)
     rounds.post()
     several = rounds.posted is not None  # of which this rank may lend and not borrow: its own sums go on, too
-    of_queries, of_pool = tiles.backward(call.backend, queries, pool, own, prepared, None, partial=several)
+    of_queries, of_pool = tiles.backward(
+        call.backend, queries, pool, own, prepared, None, result.schedule, partial=several
+    )
     going_home: list[tuple[Swap, Route]] = []
     while rounds.posted:
         route, arrived = rounds.take()

@@ -1,6 +1,6 @@
 """What attention calls kept and sent. Taking a count never waits for the device; reading one may."""
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -30,13 +30,13 @@ class Traffic:
     """The same with nothing pruned."""
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other))))
+        return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
 
 def counts_of(causal_by_head: int, query_blocks: int, traffic: Traffic) -> torch.Tensor:
     """What the host knows of one call, as int64 numbers that add up over calls: 1, tiles of one head that causality
     allows, query blocks of one head (both over the batch), and the fields of `traffic`."""
-    return torch.tensor([1, causal_by_head, query_blocks, *astuple(traffic)], device="cpu")
+    return torch.tensor([1, causal_by_head, query_blocks, *vars(traffic).values()], device="cpu")
 
 
 COUNTS = 3 + len(fields(Traffic))

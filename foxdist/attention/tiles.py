@@ -12,6 +12,24 @@ from foxdist.attention.pages import BlockTable, Pages
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
 
 
+def make_schedule(backend: str, queries: Queries, table: BlockTable) -> torch.Tensor:
+    """Who meets whom, and in what order, for kernels to read: int64 of `schedule_size` words."""
+    if backend == "torch":
+        return queries.blocks.new_empty(0)
+    from foxdist.attention.kernels import schedule
+
+    return schedule.make_schedule(queries, table)
+
+
+def schedule_size(backend: str, rows: int, heads: int, kv_heads: int, blocks: int) -> int:
+    """Words of the schedule of a rank's own pool, which holds `blocks` blocks."""
+    if backend == "torch":
+        return 0
+    from foxdist.attention.kernels import schedule
+
+    return schedule.schedule_size(rows, heads, kv_heads, blocks, blocks)
+
+
 def forward(
     backend: str,
     queries: Queries,
@@ -19,13 +37,15 @@ def forward(
     table: BlockTable,
     bounded: torch.Tensor,
     so_far: Partial | None,
+    schedule: torch.Tensor | None = None,
     *,
     partial: bool,
 ) -> Partial:
     """Attention over the pool, merged with `so_far`, which is used up; without one, the pool is the rank's own.
 
-    bounded: [B, H] int32, heads whose logits leave room for a fixed softmax reference. partial: more pools may follow;
-    out is float32 then, else it has q's dtype.
+    bounded: [B, H] int32, heads whose logits leave room for a fixed softmax reference. schedule: by `make_schedule`,
+    which forward and backward over the same pool may share. partial: more pools may follow; out is float32 then, else
+    it has q's dtype.
     """
     if not len(pool.k) and so_far is not None:  # this rank only lends in this stage
         return so_far
@@ -34,7 +54,7 @@ def forward(
         return result if partial else result._replace(out=result.out.to(queries.q.dtype))
     from foxdist.attention.kernels import launch
 
-    return launch.forward(backend, queries, pool, table, bounded, so_far, partial=partial)
+    return launch.forward(backend, queries, pool, table, bounded, so_far, schedule, partial=partial)
 
 
 def prepare(backend: str, out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: torch.Tensor) -> Prepared:
@@ -53,6 +73,7 @@ def backward(
     table: BlockTable,
     prepared: Prepared,
     so_far: QueryGrads | None,
+    schedule: torch.Tensor | None = None,
     *,
     partial: bool,
 ) -> tuple[QueryGrads, Pages]:
@@ -71,4 +92,4 @@ def backward(
         return of_queries._replace(q=of_queries.q.to(queries.q.dtype)), of_pool._replace(k=k, v=v)
     from foxdist.attention.kernels import launch
 
-    return launch.backward(backend, queries, pool, table, prepared, so_far, partial=partial)
+    return launch.backward(backend, queries, pool, table, prepared, so_far, schedule, partial=partial)

@@ -4,17 +4,21 @@
 (always the same one), so that there a result may differ in its last bit. The interpreter adds in the definition's.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from foxdist.attention import acp
-from foxdist.attention.kernels.launcher import launch
+from foxdist.attention.kernels.launcher import cdiv, launch
 from foxdist.layout import BLOCK
 
 # A program takes one block of up to GROUP heads: [B, T, H] is read along H, [B, H, n, BLOCK] along the tokens.
 GROUP = 16
-PIECE = 512  # blocks of the sequence that a program of `boundary` takes at a time
+# Blocks of the sequence that a program takes at a time: of one head in `boundary`, of GROUP in `gate_gradient`.
+PIECE = 512
+PIECE_OF_SUMS = 64
 LOG2E = tl.constexpr(acp.LOG2E)
 
 
@@ -24,23 +28,12 @@ def block_sums(log_f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     log_f: [B, T, H] float32, any strides; taken as zero beyond T.
     """
     rows, length, heads = log_f.shape
-    blocks = triton.cdiv(length, BLOCK)
+    blocks = cdiv(length, BLOCK)
     c_in = torch.empty(rows, heads, blocks, BLOCK, device=log_f.device, dtype=torch.float32)
     table = torch.empty(rows, heads, blocks, 2, device=log_f.device, dtype=torch.float32)
     group = _group(heads)
-    launch(
-        _block_sums,
-        (blocks, triton.cdiv(heads, group), rows),
-        log_f,
-        c_in,
-        table,
-        length,
-        heads,
-        blocks,
-        *log_f.stride(),
-        BLOCK=BLOCK,
-        GROUP=group,
-    )
+    grid = blocks, cdiv(heads, group), rows
+    launch(_block_sums, grid, log_f, c_in, table, length, heads, blocks, *log_f.stride(), BLOCK=BLOCK, GROUP=group)
     return c_in, table
 
 
@@ -70,37 +63,33 @@ def dc_sums(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """[B, H, n] float64: the sum over each block of dc = row + column, both [B, H, n, BLOCK] float32."""
     count = row.numel() // BLOCK
     sums = torch.empty(row.shape[:3], device=row.device, dtype=torch.float64)
-    launch(
-        _dc_sums,
-        (triton.cdiv(count, GROUP),),
-        row.contiguous(),
-        column.contiguous(),
-        sums,
-        count,
-        BLOCK=BLOCK,
-        GROUP=GROUP,
-    )
+    grid = (cdiv(count, GROUP),)
+    launch(_dc_sums, grid, row.contiguous(), column.contiguous(), sums, count, BLOCK=BLOCK, GROUP=GROUP)
     return sums
 
 
 def gate_gradient(
-    row: torch.Tensor, column: torch.Tensor, through: torch.Tensor, blocks: torch.Tensor, length: int
+    row: torch.Tensor, column: torch.Tensor, sums: torch.Tensor, blocks: torch.Tensor, length: int
 ) -> torch.Tensor:
     """dlog f [B, T, H] float32, T = length: the sum of dc = row + column over each token and all after it.
 
-    row, column: [B, H, n, BLOCK] float32, zero beyond T. through: [B, H, N] float64, the sum of dc over each block of
-    the whole sequence and all before it. blocks: [n] int64, where this rank's blocks stand in the sequence.
+    row, column: [B, H, n, BLOCK] float32, zero beyond T. sums: [B, H, N] float64, of dc over each block of the whole
+    sequence. blocks: [n] int64, where this rank's blocks stand in it.
+
+    Every program adds up the blocks after its own, N * N / 2 additions for a head in all: less than a launch takes up
+    to 256k tokens, and one launch less than a scan that comes before.
     """
     rows, heads, count = row.shape[:3]
     out = torch.empty(rows, length, heads, device=row.device, dtype=torch.float32)
     group = _group(heads)
-    launch(_gate_gradient, (count, triton.cdiv(heads, group), rows),
-        row.contiguous(), column.contiguous(), through.contiguous(), blocks, out,
-        length, heads, count, through.shape[2], BLOCK=BLOCK, GROUP=group,
+    launch(_gate_gradient, (count, cdiv(heads, group), rows),
+        row.contiguous(), column.contiguous(), sums.contiguous(), blocks, out,
+        length, heads, count, sums.shape[2], BLOCK=BLOCK, GROUP=group, PIECE=PIECE_OF_SUMS,
     )  # fmt: skip
     return out
 
 
+@lru_cache
 def _group(heads: int) -> int:
     return min(GROUP, triton.next_power_of_2(heads))
 
@@ -192,8 +181,8 @@ def _dc_sums(row_ptr, column_ptr, sums_ptr, count, BLOCK: tl.constexpr, GROUP: t
 
 @triton.jit
 def _gate_gradient(
-    row_ptr, column_ptr, through_ptr, blocks_ptr, out_ptr, length, heads, count, total,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    row_ptr, column_ptr, sums_ptr, blocks_ptr, out_ptr, length, heads, count, total,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :]
@@ -204,9 +193,11 @@ def _gate_gradient(
     at = (index * count + block) * BLOCK + lane
     dc = tl.load(row_ptr + at, mask=real, other=0.0).to(tl.float64)
     dc += tl.load(column_ptr + at, mask=real, other=0.0).to(tl.float64)
-    through_ptr += index * total
-    later = tl.load(through_ptr + total - 1, mask=real, other=0.0)
-    later -= tl.load(through_ptr + tl.load(blocks_ptr + block), mask=real, other=0.0)
+    later = tl.zeros([1, GROUP], tl.float64)
+    for first in range(tl.load(blocks_ptr + block) + 1, total, PIECE):
+        other = first + tl.arange(0, PIECE)[:, None]
+        sums = tl.load(sums_ptr + index * total + other, mask=real & (other < total), other=0.0)
+        later += tl.sum(sums, 0, keep_dims=True)
     sums = tl.cumsum(dc, 0, reverse=True) + later
     token = block * BLOCK + lane
     tl.store(out_ptr + (row * length + token) * heads + head, sums.to(tl.float32), mask=real & (token < length))

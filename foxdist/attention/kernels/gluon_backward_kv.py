@@ -34,7 +34,9 @@ from foxdist.attention.kernels.gluon_common import (
     programs,
     receive,
     row_places,
+    schedule_parts,
     scores_of,
+    take,
     tile_descriptor,
     tma_load,
     tma_store,
@@ -44,7 +46,6 @@ from foxdist.attention.kernels.gluon_common import (
 )
 from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import ALONE
-from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
 
@@ -54,7 +55,7 @@ QUERY_TILE = 64
 def backward_kv(
     queries: Queries,
     pool: Pages,
-    schedule: Schedule,
+    schedule: torch.Tensor,
     page: torch.Tensor,
     grad: torch.Tensor,
     rowterm: torch.Tensor,
@@ -84,12 +85,7 @@ def backward_kv(
         into.v,
         into.c_in,
         pool.c_in,
-        schedule.query_base,
-        schedule.slot_base,
-        schedule.first_query,
-        schedule.last_query,
-        schedule.slot_heads,
-        schedule.taken[1:],
+        schedule,
         page,
         heads,
         kv_heads,
@@ -110,17 +106,9 @@ def backward_kv(
 
 
 @gluon.jit
-def _work(work, heads_ptr, page_ptr, slots):
-    """(b * K + k, slot, page or -1) of a piece of work."""
-    kv_head = gl.load(heads_ptr + work // slots)
-    slot = work % slots
-    return kv_head, slot, gl.load(page_ptr + kv_head * slots + slot)
-
-
-@gluon.jit
 def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, KB: gl.constexpr):
     q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc = descs
-    _, _, _, _, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
+    first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
     heads, kv_heads, count, slots, total, _, pool_heads, pool_blocks = sizes
     q_s, do_s, r_s, dl_s, k_s, v_s, _, work_s = smem
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty, work_full, work_empty = bars
@@ -128,12 +116,16 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr,
     PARTS: gl.constexpr = 128 // BM
     n = 0
     it = 0
-    work = gl.atomic_add(taken_ptr, 1)
+    work = take(taken_ptr, total)
     while work < total:
-        kv_head, slot, page = _work(work, heads_ptr, page_ptr, slots)
+        kv_head = gl.load(heads_ptr + work // slots)
+        slot = work % slots
+        page = gl.load(page_ptr + kv_head * slots + slot)
+        first = gl.load(first_ptr + kv_head * group * slots + slot)
+        last = gl.load(last_ptr + kv_head * group * slots + slot)
         upcoming = -1
         if page >= 0:
-            hand_out(work, n, work_s, work_full, work_empty)
+            hand_out(kv_head, slot, page, first, last, n, work_s, work_full, work_empty)
             b, h, block = page_place(page, pool_heads, pool_blocks)
             mbarrier.wait(kv_empty.index(n % KB), ((n // KB) & 1) ^ 1)
             mbarrier.expect(kv_full.index(n % KB), 4 * ROWS * D * 2)
@@ -143,15 +135,16 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr,
                 tma_load(v_desc, at, kv_full.index(n % KB), v_s.index(n % KB * 2 + c))
             for member in range(group):
                 head = kv_head * group + member
-                first = gl.load(first_ptr + head * slots + slot)
-                last = gl.load(last_ptr + head * slots + slot)
+                if member > 0:
+                    first = gl.load(first_ptr + head * slots + slot)
+                    last = gl.load(last_ptr + head * slots + slot)
                 for tile in range(first * PARTS, (last + 1) * PARTS):
                     st = it % ST
                     ph = ((it // ST) & 1) ^ 1
                     at = [head // heads, tile * BM, head % heads, 0]
                     vector = (head * count * PARTS + tile) * BM
                     if (tile == gl.maximum((last + 1 - AHEAD) * PARTS, first * PARTS)) & (member == group - 1):
-                        upcoming = gl.atomic_add(taken_ptr, 1)
+                        upcoming = take(taken_ptr, total)
                     mbarrier.wait(q_empty.index(st), ph)
                     mbarrier.expect(q_full.index(st), BM * D * 2 + BM * 4)
                     tma_load(q_desc, at, q_full.index(st), q_s.index(st))
@@ -163,9 +156,9 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr,
                     it += 1
             n += 1
         if upcoming < 0:
-            upcoming = gl.atomic_add(taken_ptr, 1)
+            upcoming = take(taken_ptr, total)
         work = upcoming
-    hand_out(total, n, work_s, work_full, work_empty)
+    hand_out(-1, 0, 0, 0, 0, n, work_s, work_full, work_empty)
 
 
 @gluon.jit
@@ -210,17 +203,17 @@ def _step(
 
 @gluon.jit
 def _head(
-    head, it, k, v, dk, dv, slot, c_place, ptrs, sizes, scale, smem, bars, C: gl.constexpr,
+    head, it, k, v, dk, dv, slot, first, last, c_place, ptrs, sizes, scale, smem, bars, C: gl.constexpr,
     D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """All query tiles of one head; writes the head's column sums."""
-    c_ptr, dc_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, _, _, _ = ptrs
+    c_ptr, dc_ptr, query_base_ptr, slot_base_ptr, _, _ = ptrs
     count, slots = sizes[2], sizes[3]
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     key = C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
     PARTS: gl.constexpr = 128 // BM
-    begin = gl.load(first_ptr + head * slots + slot) * PARTS
-    end = (gl.load(last_ptr + head * slots + slot) + 1) * PARTS
+    begin = first * PARTS
+    end = (last + 1) * PARTS
     slot_base = gl.load(slot_base_ptr + head * slots + slot)
     bases = query_base_ptr + head * count
     c_row = gl.load(c_ptr + c_place + key)
@@ -244,8 +237,8 @@ def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
     OWN: gl.constexpr, PARTIAL: gl.constexpr, GROUPED: gl.constexpr, KB: gl.constexpr, AREG: gl.constexpr,
 ):  # fmt: skip
-    heads_ptr, page_ptr = ptrs[6], ptrs[8]
-    heads, kv_heads, _, slots, total, _, pool_heads, pool_blocks = sizes
+    first_ptr, last_ptr = ptrs[4], ptrs[5]
+    heads, kv_heads, _, slots, _, _, pool_heads, pool_blocks = sizes
     k_s, v_s, work_s = smem[4], smem[5], smem[7]
     kv_full, kv_empty, work_full, work_empty = bars[0], bars[1], bars[6], bars[7]
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -253,9 +246,8 @@ def _consumer(
     group = heads // kv_heads
     n = 0
     it = 0
-    work = receive(0, work_s, work_full, work_empty)
-    while work < total:
-        kv_head, slot, page = _work(work, heads_ptr, page_ptr, slots)
+    kv_head, slot, page, first, last = receive(0, work_s, work_full, work_empty)
+    while kv_head >= 0:
         b, h, block = page_place(page, pool_heads, pool_blocks)
         k_tile = k_s.index(n % KB * 2 + C)
         v_tile = v_s.index(n % KB * 2 + C)
@@ -271,19 +263,23 @@ def _consumer(
         if GROUPED:
             for member in range(group):
                 c_place = (((b * pool_heads + h) * group + member) * pool_blocks + block).to(gl.int64) * 128
+                head = kv_head * group + member
+                if member > 0:
+                    first = gl.load(first_ptr + head * slots + slot)
+                    last = gl.load(last_ptr + head * slots + slot)
                 it, dk, dv = _head(
-                    kv_head * group + member, it, k, v, dk, dv, slot, c_place, ptrs, sizes, scale, smem, bars, C,
+                    head, it, k, v, dk, dv, slot, first, last, c_place, ptrs, sizes, scale, smem, bars, C,
                     D, BM, ST, OWN,
                 )  # fmt: skip
         else:
             c_place = ((b * pool_heads + h) * pool_blocks + block).to(gl.int64) * 128
             it, dk, dv = _head(
-                kv_head, it, k, v, dk, dv, slot, c_place, ptrs, sizes, scale, smem, bars, C, D, BM, ST, OWN
+                kv_head, it, k, v, dk, dv, slot, first, last, c_place, ptrs, sizes, scale, smem, bars, C, D, BM, ST, OWN
             )
         _finish(k_tile, v_tile, dk * scale, dv, page, outs, sizes, C, D, PARTIAL)
         mbarrier.arrive(kv_empty.index(n % KB), count=1)
         n += 1
-        work = receive(n, work_s, work_full, work_empty)
+        kv_head, slot, page, first, last = receive(n, work_s, work_full, work_empty)
 
 
 @gluon.jit
@@ -309,8 +305,8 @@ def _finish(k_tile, v_tile, dk, dv, page, outs, sizes, C: gl.constexpr, D: gl.co
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def kv_kernel(
-    q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dc_ptr, c_ptr, query_base_ptr,
-    slot_base_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr, heads, kv_heads, count, slots, total,
+    q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dc_ptr, c_ptr,
+    schedule_ptr, page_ptr, heads, kv_heads, count, slots, total,
     pool_length, pool_heads, pool_blocks, scale,
     D: gl.constexpr, ST: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, GROUPED: gl.constexpr,
     KB: gl.constexpr, AREG: gl.constexpr,
@@ -329,7 +325,12 @@ def kv_kernel(
     bars = kv_bars + q_bars + (barriers(2, 1), barriers(2, 2))
     smem = (q_s, do_s, r_s, dl_s, k_s, v_s, ones_tile(BM, dtype), work_buffer())
     fence_async_shared()
-    ptrs = (c_ptr, dc_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr)
+    all_kv_heads = total // slots
+    query_base_ptr, slot_base_ptr, _, _, first_ptr, last_ptr, _, heads_ptr, taken_ptr, _ = schedule_parts(
+        schedule_ptr, all_kv_heads * (heads // kv_heads), all_kv_heads, count, slots
+    )
+    ptrs = (c_ptr, dc_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr)
+    work_ptrs = (first_ptr, last_ptr, heads_ptr, taken_ptr + 1, page_ptr)
     sizes = (heads, kv_heads, count, slots, total, pool_length, pool_heads, pool_blocks)
     outs = (dk_desc, dv_desc, dk_ptr, dv_ptr)
     descs = (q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc)
@@ -337,7 +338,7 @@ def kv_kernel(
         [
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BM, ST, OWN, PARTIAL, GROUPED, KB, AREG)),
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BM, ST, OWN, PARTIAL, GROUPED, KB, AREG)),
-            (_producer, (descs, ptrs, sizes, smem, bars, D, BM, ST, KB)),
+            (_producer, (descs, work_ptrs, sizes, smem, bars, D, BM, ST, KB)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -27,9 +27,9 @@ from foxdist.attention.kernels.gluon_common import (
     no_sums,
     ones_tile,
     programs,
-    query_work,
     receive,
     row_places,
+    schedule_parts,
     scores_of,
     store_rows,
     tile_descriptor,
@@ -39,7 +39,6 @@ from foxdist.attention.kernels.gluon_common import (
 )
 from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import ALONE
-from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries, QueryGrads
 from foxdist.layout import BLOCK
@@ -48,7 +47,7 @@ from foxdist.layout import BLOCK
 def backward_q(
     queries: Queries,
     pool: Pages,
-    schedule: Schedule,
+    schedule: torch.Tensor,
     page: torch.Tensor,
     grad: torch.Tensor,
     rowterm: torch.Tensor,
@@ -76,12 +75,7 @@ def backward_q(
         into.row,
         rowterm,
         delta,
-        schedule.query_base,
-        schedule.slot_base,
-        schedule.first_slot,
-        schedule.last_slot,
-        schedule.query_heads,
-        schedule.taken[2:],
+        schedule,
         page,
         length,
         heads,
@@ -142,8 +136,8 @@ def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
     QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, ADD: gl.constexpr, AREG: gl.constexpr,
 ):  # fmt: skip
-    r_ptr, dl_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, heads_ptr, _, _ = ptrs
-    _, _, _, count, slots, total, _, _ = sizes
+    r_ptr, dl_ptr, query_base_ptr, slot_base_ptr = ptrs
+    _, _, _, count, slots, _, _, _ = sizes
     q_s, do_s, work_s = smem[0], smem[1], smem[6]
     q_full, q_empty, work_full, work_empty = bars[0], bars[1], bars[6], bars[7]
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -151,9 +145,8 @@ def _consumer(
     row = C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
     n = 0
     it = 0
-    work = receive(0, work_s, work_full, work_empty)
-    while work < total:
-        head, m, first, last = query_work(work, heads_ptr, first_ptr, last_ptr, count)
+    head, m, first, last, _ = receive(0, work_s, work_full, work_empty)
+    while head >= 0:
         at = head * count + m
         place = at.to(gl.int64) * 128 + row
         r = gl.load(r_ptr + place)
@@ -184,7 +177,7 @@ def _consumer(
         _finish(q_tile, dq * scale, sums, head, m, place, outs, sizes, C, D, PARTIAL, ADD)
         mbarrier.arrive(q_empty.index(n % QB), count=1)
         n += 1
-        work = receive(n, work_s, work_full, work_empty)
+        head, m, first, last, _ = receive(n, work_s, work_full, work_empty)
 
 
 @gluon.jit
@@ -211,10 +204,10 @@ def _finish(
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def q_kernel(
-    q_desc, do_desc, k_desc, v_desc, c_desc, dq_desc, dq_ptr, row_ptr, r_ptr, dl_ptr, query_base_ptr, slot_base_ptr,
-    first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr, length, heads, kv_heads, count, slots, total, pool_heads,
-    pool_blocks, scale, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr,
-    ADD: gl.constexpr, AREG: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, c_desc, dq_desc, dq_ptr, row_ptr, r_ptr, dl_ptr, schedule_ptr, page_ptr,
+    length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks, scale,
+    D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, ADD: gl.constexpr,
+    AREG: gl.constexpr,
 ):  # fmt: skip
     BN: gl.constexpr = 128
     dtype: gl.constexpr = q_desc.dtype
@@ -230,11 +223,15 @@ def q_kernel(
     bars = q_bars + kv_bars + (barriers(2, 1), barriers(2, 2))
     smem = (q_s, do_s, k_s, v_s, c_s, ones_tile(BN, dtype), work_buffer())
     fence_async_shared()
-    ptrs = (r_ptr, dl_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr)
+    all_heads = total // count
+    query_base_ptr, slot_base_ptr, first_ptr, last_ptr, _, _, heads_ptr, _, taken_ptr, _ = schedule_parts(
+        schedule_ptr, all_heads, all_heads // heads * kv_heads, count, slots
+    )
+    ptrs = (r_ptr, dl_ptr, query_base_ptr, slot_base_ptr)
     sizes = (length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks)
     outs = (dq_desc, dq_ptr, row_ptr)
     descs = ((q_desc, do_desc), k_desc, v_desc, c_desc)
-    slot_ptrs = (first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr)
+    slot_ptrs = (first_ptr, last_ptr, heads_ptr, taken_ptr + 2, page_ptr)
     slot_smem = ((q_s, do_s), k_s, v_s, c_s, smem[6])
     gl.warp_specialize(
         [

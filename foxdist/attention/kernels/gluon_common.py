@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from foxdist.attention.kernels.operands import LOG2_E
+from foxdist.attention.kernels.schedule import parts
 
 # Triton 3.9 names first, then those of 3.6.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -34,7 +35,7 @@ AHEAD: gl.constexpr = gl.constexpr(3)
 # One compilation for all sizes: ranks that compile at different times would wait for each other. Names of all kernels'
 # parameters; the pointers may be into the middle of a tensor.
 SIZES = ["length", "pool_length", "heads", "kv_heads", "count", "slots", "total", "pool_heads", "pool_blocks"]
-POINTERS = ["first_ptr", "last_ptr", "heads_ptr", "taken_ptr", "page_ptr"]
+POINTERS = ["page_ptr"]
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -64,6 +65,9 @@ def _layout(*block: Any) -> gl.NVMMASharedLayout:
     """In shared memory, of a block given as its shape and dtype."""
     *shape, dtype = block
     return gl.NVMMASharedLayout.get_default_for(shape, DTYPES[dtype])
+
+
+schedule_parts = gluon.jit(parts)
 
 
 @gluon.jit
@@ -99,27 +103,49 @@ def programs(device: torch.device, work: int) -> int:
 
 
 @gluon.jit
-def hand_out(work, n, work_s, full, empty):
-    """Producer: gives the consumers their n-th piece of work."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+def take(taken_ptr, total):
+    """Producer: the next piece of work, or `total` and more when there is none, which it asks for once.
+
+    The last of all programs to hear that there is none leaves the counter at 0, as the next kernel needs it.
+    """
+    work = gl.atomic_add(taken_ptr, 1)
+    if work == total + gl.num_programs(0) - 1:
+        gl.store(taken_ptr, 0)
+    return work
+
+
+@gluon.jit
+def hand_out(a, b, c, d, e, n, work_s, full, empty):
+    """Producer: gives the consumers their n-th piece of work, five numbers; the first is negative after the last piece.
+
+    One lane writes all that they read, and it is the one that arrives at the barrier.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    field = gl.arange(0, 256, layout=layout) % 8
+    fields = gl.where(field == 0, a, gl.where(field == 1, b, gl.where(field == 2, c, gl.where(field == 3, d, e))))
     mbarrier.wait(empty.index(n % 2), ((n // 2) & 1) ^ 1)
-    work_s.index(n % 2).store(gl.full([1], work, gl.int32, layout))
+    work_s.index(n % 2).store(fields)
     mbarrier.arrive(full.index(n % 2), count=1)
 
 
 @gluon.jit
 def receive(n, work_s, full, empty):
-    """Consumer: its n-th piece of work."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    """Consumer: the five numbers of its n-th piece of work."""
     mbarrier.wait(full.index(n % 2), (n // 2) & 1)
-    work = gl.max(work_s.index(n % 2).load(layout), 0)
+    fields = work_s.index(n % 2)
+    a, b, c, d, e = _word(fields, 0), _word(fields, 1), _word(fields, 2), _word(fields, 3), _word(fields, 4)
     mbarrier.arrive(empty.index(n % 2), count=1)
-    return work
+    return a, b, c, d, e
+
+
+@gluon.jit
+def _word(words, i: gl.constexpr):
+    return gl.max(words.slice(i, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
 def work_buffer():
-    return gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.allocate_shared_memory(gl.int32, [2, 256], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -153,15 +179,6 @@ def weights(s, r, shift, c, scale):
 
 
 @gluon.jit
-def query_work(work, heads_ptr, first_ptr, last_ptr, count):
-    """(b * H + h, query block, first slot, last slot) of a piece of work that is a query block."""
-    head = gl.load(heads_ptr + work // count)
-    m = count - 1 - work % count
-    at = head * count + m
-    return head, m, gl.load(first_ptr + at), gl.load(last_ptr + at)
-
-
-@gluon.jit
 def bring_slots(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, CB: gl.constexpr):
     """Producer of the kernels whose work is a query block: its rows (of Q, or of Q and dO), then slot after slot, the
     last first, K with the keys' gate sums, and V. Buffers: ST of K and of V, QB of the rows, CB of the gate sums."""
@@ -173,21 +190,23 @@ def bring_slots(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexp
     group = heads // kv_heads
     n = 0
     it = 0
-    work = gl.atomic_add(taken_ptr, 1)
+    work = take(taken_ptr, total)
     while work < total:
-        head, m, first, last = query_work(work, heads_ptr, first_ptr, last_ptr, count)
+        head = gl.load(heads_ptr + work // count)
+        m = count - 1 - work % count
+        first, last = gl.load(first_ptr + head * count + m), gl.load(last_ptr + head * count + m)
         page_row = page_ptr + (head // group) * slots
         page = gl.load(page_row + gl.maximum(last, 0))
         upcoming = -1
         if last >= first:
-            hand_out(work, n, work_s, work_full, work_empty)
+            hand_out(head, m, first, last, 0, n, work_s, work_full, work_empty)
             for i in range(last - first + 1):
                 st = it % ST
                 ph = ((it // ST) & 1) ^ 1
                 b, h, block = page_place(page, pool_heads, pool_blocks)
                 page = gl.load(page_row + gl.maximum(last - i - 1, 0))  # ahead of its use
                 if i == gl.maximum(last - first - AHEAD, 0):
-                    upcoming = gl.atomic_add(taken_ptr, 1)
+                    upcoming = take(taken_ptr, total)
                 mbarrier.wait(k_empty.index(st), ph)
                 mbarrier.expect(k_full.index(st), 128 * D * 2 + 128 * 4)
                 tma_load(k_desc, [b, block * 128, h, 0], k_full.index(st), k_s.index(st))
@@ -206,9 +225,9 @@ def bring_slots(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexp
                 it += 1
             n += 1
         if upcoming < 0:
-            upcoming = gl.atomic_add(taken_ptr, 1)
+            upcoming = take(taken_ptr, total)
         work = upcoming
-    hand_out(total, n, work_s, work_full, work_empty)
+    hand_out(-1, 0, 0, 0, 0, n, work_s, work_full, work_empty)
 
 
 @gluon.jit

@@ -26,9 +26,9 @@ from foxdist.attention.kernels.gluon_common import (
     barriers,
     bring_slots,
     programs,
-    query_work,
     receive,
     row_places,
+    schedule_parts,
     scores_of,
     store_rows,
     tile_descriptor,
@@ -37,7 +37,6 @@ from foxdist.attention.kernels.gluon_common import (
 )
 from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import LOG2_E
-from foxdist.attention.kernels.schedule import Schedule
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
@@ -47,7 +46,7 @@ from foxdist.layout import BLOCK
 def forward(
     queries: Queries,
     pool: Pages,
-    schedule: Schedule,
+    schedule: torch.Tensor,
     page: torch.Tensor,
     bounded: torch.Tensor,
     into: Partial,
@@ -72,12 +71,7 @@ def forward(
         into.out,
         into.lse2,
         queries.c_in,
-        schedule.query_base,
-        schedule.slot_base,
-        schedule.first_slot,
-        schedule.last_slot,
-        schedule.query_heads,
-        schedule.taken,
+        schedule,
         page,
         bounded,
         length,
@@ -177,22 +171,21 @@ def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr,
     OWN: gl.constexpr, PARTIAL: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    c_ptr, query_base_ptr, slot_base_ptr, _, bounded_ptr, first_ptr, last_ptr, heads_ptr, _, _ = ptrs
-    _, _, _, count, slots, total, _, _ = sizes
+    c_ptr, query_base_ptr, slot_base_ptr, lse_ptr, bounded_ptr = ptrs
+    _, _, _, count, slots, _, _, _ = sizes
     q_s, work_s = smem[0], smem[4]
     q_full, q_empty, work_full, work_empty = bars[0], bars[1], bars[6], bars[7]
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     n = 0
     it = 0
-    work = receive(0, work_s, work_full, work_empty)
-    while work < total:
-        head, m, first, last = query_work(work, heads_ptr, first_ptr, last_ptr, count)
+    head, m, first, last, _ = receive(0, work_s, work_full, work_empty)
+    while head >= 0:
         at = head * count + m
         row = at.to(gl.int64) * 128 + C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
         c_row = gl.load(c_ptr + row)
         bases = (slot_base_ptr + head * slots, gl.load(query_base_ptr + at))
         if MERGE:
-            before = gl.load(ptrs[3] + row)
+            before = gl.load(lse_ptr + row)
         else:
             before = c_row
         reference = before * (1 / LOG2_E) - c_row
@@ -206,7 +199,7 @@ def _consumer(
         _finish(q, acc, (top + c_row) * LOG2_E, sums, before, head, m, row, outs, ptrs, sizes, C, D, PARTIAL, MERGE)
         mbarrier.arrive(q_empty.index(n % QB), count=1)
         n += 1
-        work = receive(n, work_s, work_full, work_empty)
+        head, m, first, last, _ = receive(n, work_s, work_full, work_empty)
 
 
 @gluon.jit
@@ -245,10 +238,9 @@ def _finish(
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def forward_kernel(
-    q_desc, k_desc, v_desc, c_desc, o_desc, o_ptr, lse_ptr, c_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr,
-    heads_ptr, taken_ptr, page_ptr, bounded_ptr, length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks,
-    scale, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr,
-    MERGE: gl.constexpr,
+    q_desc, k_desc, v_desc, c_desc, o_desc, o_ptr, lse_ptr, c_ptr, schedule_ptr, page_ptr, bounded_ptr,
+    length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks, scale,
+    D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -262,9 +254,11 @@ def forward_kernel(
     bars = q_bars + kv_bars + (barriers(2, 1), barriers(2, 2))
     fence_async_shared()
     smem = (q_s, k_s, v_s, c_s, work_buffer())
-    ptrs = (
-        c_ptr, query_base_ptr, slot_base_ptr, lse_ptr, bounded_ptr, first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr,
-    )  # fmt: skip
+    all_heads = total // count
+    query_base_ptr, slot_base_ptr, first_ptr, last_ptr, _, _, heads_ptr, _, taken_ptr, _ = schedule_parts(
+        schedule_ptr, all_heads, all_heads // heads * kv_heads, count, slots
+    )
+    ptrs = (c_ptr, query_base_ptr, slot_base_ptr, lse_ptr, bounded_ptr)
     sizes = (length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks)
     outs = (o_desc, o_ptr)
     descs = ((q_desc,), k_desc, v_desc, c_desc)

@@ -4,6 +4,7 @@ A family is a module with `forward`, `backward_kv` and `backward_q`: "triton" or
 """
 
 import importlib
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -22,6 +23,7 @@ def forward(
     table: BlockTable,
     bounded: torch.Tensor | None,
     so_far: Partial | None,
+    schedule: torch.Tensor | None = None,
     *,
     partial: bool,
 ) -> Partial:
@@ -29,7 +31,7 @@ def forward(
 
     Without `so_far` the pool is the rank's own, which comes first: every query block's diagonal is in it. bounded:
     [B, H] int32, heads whose softmax takes a fixed reference, or None. partial: more pools may follow, and the output
-    stays float32; else it has the inputs' dtype.
+    stays float32; else it has the inputs' dtype. schedule: by `make_schedule`; None makes it.
     """
     queries, pool = _aligned(queries, pool)
     dtype = queries.q.dtype
@@ -39,7 +41,9 @@ def forward(
     if into is None:
         out = torch.empty(queries.q.shape, dtype=torch.float32 if partial else dtype, device=queries.q.device)
         into = Partial(out, torch.empty_like(queries.c_in))
-    schedule, page = make_schedule(queries, table), table.page.contiguous()
+    page = table.page.contiguous()
+    if schedule is None:
+        schedule = make_schedule(queries, table)
     kernels = _kernels(family, "forward")
     kernels.forward(queries, pool, schedule, page, bounded, into, own=so_far is None, merge=so_far is not None)
     return into if partial else into._replace(out=into.out.to(dtype))
@@ -52,6 +56,7 @@ def backward(
     table: BlockTable,
     prepared: Prepared,
     so_far: QueryGrads | None,
+    schedule: torch.Tensor | None = None,
     *,
     partial: bool,
 ) -> tuple[QueryGrads, Pages]:
@@ -59,31 +64,34 @@ def backward(
 
     The column part of dc stands in `c_in` of the latter with its sign. partial: more sums follow, on both sides, and
     gradients stay float32; else they have the inputs' dtype. Gradients of pages that no slot holds are not written.
+    schedule: as in `forward`, whose own will do.
     """
     queries, pool = _aligned(queries, pool)
     own, dtype = so_far is None, queries.q.dtype
     kept = torch.float32 if partial else dtype
     into = so_far
     if into is None:
-        into = QueryGrads(torch.empty(queries.q.shape, dtype=kept, device=queries.q.device), _like(queries.c_in))
+        dq = torch.empty(queries.q.shape, dtype=kept, device=queries.q.device)
+        into = QueryGrads(dq, torch.empty_like(queries.c_in))
     k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
-    of_pool = Pages(k, v, _like(pool.c_in))
-    schedule, page = make_schedule(queries, table), table.page.contiguous()
+    of_pool = Pages(k, v, torch.empty_like(pool.c_in))
+    page = table.page.contiguous()
+    if schedule is None:
+        schedule = make_schedule(queries, table)
     kernels = _kernels(family, "backward")
     kernels.backward_kv(queries, pool, schedule, page, *prepared, of_pool, own=own)
     kernels.backward_q(queries, pool, schedule, page, *prepared, into, own=own, add=not own)
     return into if partial else into._replace(q=into.q.to(dtype)), of_pool
 
 
+@lru_cache
 def _kernels(family: str, direction: str) -> ModuleType:
     """Loaded when first used: Gluon needs a Hopper GPU's libraries."""
     return importlib.import_module(f"foxdist.attention.kernels.{family}_{direction}")
 
 
 def _aligned(queries: Queries, pool: Pages) -> tuple[Queries, Pages]:
-    q = queries._replace(q=aligned(queries.q), c_in=queries.c_in.contiguous())
-    return q, Pages(aligned(pool.k), aligned(pool.v), pool.c_in.contiguous())
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    q, c_in = aligned(queries.q), queries.c_in.contiguous()
+    if q is not queries.q or c_in is not queries.c_in:
+        queries = queries._replace(q=q, c_in=c_in)
+    return queries, Pages(aligned(pool.k), aligned(pool.v), pool.c_in.contiguous())

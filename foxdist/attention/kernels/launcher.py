@@ -13,6 +13,11 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, which kernels can call too, takes 4 us."""
+    return -(-a // b)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants), on the current device.
 
@@ -22,7 +27,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if _INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    kinds: list[Any] = []
+    kinds: list[Any] = [kernel, torch.cuda.current_device(), *constants.items()]
     values: list[Any] = []
     for x in arguments:
         kind = type(x)
@@ -36,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         else:  # a descriptor, whose layout follows from its block
             kinds.append((x.base.dtype, *x.block_shape))
         values.append(x)
-    key = kernel, torch.cuda.current_device(), tuple(kinds), tuple(constants.items())
+    key = tuple(kinds)
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*arguments, **constants)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from foxdist.attention.kernels.launcher import launch
-from foxdist.attention.kernels.operands import LOG2_E, aligned, descriptor, load_tile
+from foxdist.attention.kernels.operands import LOG2_E, aligned
 from foxdist.attention.queries import Prepared
 from foxdist.layout import BLOCK
 
@@ -13,17 +13,17 @@ NUMBERS = 4096  # of a tile
 
 
 def prepare(out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: torch.Tensor) -> Prepared:
-    """Of the finished output [B, T, H, D], its gradient, c_in and lse2 [B, H, n, BLOCK].
+    """Of the finished output [B, T, H, D], contiguous, its gradient, c_in and lse2 [B, H, n, BLOCK].
 
     The row term is c_in * log2(e) - lse2; in float32 only -lse2, as kernels join c_in to the key's gate sum first.
     """
-    out, grad = aligned(out), aligned(grad)
-    rows, _, heads, dim = out.shape
+    out, grad = out.contiguous(), aligned(grad)
+    rows, length, heads, dim = out.shape
     count = c_in.shape[2]
     tile = min(NUMBERS // dim, BLOCK)
     rowterm, delta = torch.empty_like(lse2), torch.empty_like(lse2)
     launch(_prepare, (rows * heads * count * (BLOCK // tile),),
-        descriptor(out, tile), descriptor(grad, tile), c_in, lse2, rowterm, delta, heads, count * (BLOCK // tile),
+        out, grad, c_in, lse2, rowterm, delta, length, heads, count * (BLOCK // tile), *grad.stride()[:3],
         DIM=dim, ROWS=tile, EXACT=out.dtype == torch.float32, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return Prepared(grad, rowterm, delta)
@@ -31,14 +31,18 @@ def prepare(out: torch.Tensor, grad: torch.Tensor, c_in: torch.Tensor, lse2: tor
 
 @triton.jit
 def _prepare(
-    out_tiles, grad_tiles, c_ptr, lse2_ptr, rowterm_ptr, delta_ptr, heads, tiles,
-    DIM: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    out_ptr, grad_ptr, c_ptr, lse2_ptr, rowterm_ptr, delta_ptr, length, heads, tiles,
+    row_stride, token_stride, head_stride, DIM: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    row_head, token = tile // tiles, tile % tiles * ROWS
-    out = load_tile(out_tiles, row_head // heads, row_head % heads, token, ROWS, DIM)
-    grad = load_tile(grad_tiles, row_head // heads, row_head % heads, token, ROWS, DIM)
-    offset = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0).to(tl.int64)
+    row, head = tile // tiles // heads, tile // tiles % heads
+    token = tile % tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, DIM)[None, :]
+    real = token < length
+    out = tl.load(out_ptr + ((row * length + token) * heads + head) * DIM + lane, mask=real, other=0.0)
+    grad_ptr += row * row_stride + head * head_stride
+    grad = tl.load(grad_ptr + token * token_stride + lane, mask=real, other=0.0)
+    offset = tile * ROWS + tl.arange(0, ROWS)
     rowterm = -tl.load(lse2_ptr + offset)
     if not EXACT:
         rowterm += tl.load(c_ptr + offset) * LOG2_E

@@ -28,7 +28,7 @@ from foxdist.attention.kernels.operands import (
     store_tile,
     vector_descriptor,
 )
-from foxdist.attention.kernels.schedule import Schedule
+from foxdist.attention.kernels.schedule import schedule_parts
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries, QueryGrads
 from foxdist.layout import BLOCK
@@ -37,7 +37,7 @@ from foxdist.layout import BLOCK
 def backward_kv(
     queries: Queries,
     pool: Pages,
-    schedule: Schedule,
+    schedule: torch.Tensor,
     page: torch.Tensor,
     grad: torch.Tensor,
     rowterm: torch.Tensor,
@@ -51,7 +51,7 @@ def backward_kv(
     grad: [B, T, H, D]. rowterm, delta: [B, H, n, BLOCK] float32, of `prepare`. page, own: as in `forward`. Pages that
     no slot holds are not written; those that no query meets get zeros.
     """
-    heads, dim = queries.q.shape[2:]
+    rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_kv
     kv_heads, slots = page.shape[1:]
     vector = vector_descriptor if tile.vectors else lambda x, _: x
@@ -70,14 +70,11 @@ def backward_kv(
         queries.c_in,
         pool.c_in,
         page,
-        schedule.first_query,
-        schedule.last_query,
-        schedule.query_base,
-        schedule.slot_base,
-        schedule.slot_heads,
+        schedule,
         queries.scale,
+        rows,
         kv_heads,
-        schedule.query_base.shape[2],
+        queries.c_in.shape[2],
         slots,
         pool.k.shape[2],
         pool.c_in.shape[2],
@@ -96,7 +93,7 @@ def backward_kv(
 def backward_q(
     queries: Queries,
     pool: Pages,
-    schedule: Schedule,
+    schedule: torch.Tensor,
     page: torch.Tensor,
     grad: torch.Tensor,
     rowterm: torch.Tensor,
@@ -109,7 +106,8 @@ def backward_q(
     """Writes the queries' gradients into `into`; with `add`, adds them to what `into` holds, which is float32 then."""
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_q
-    total = schedule.query_base.numel()
+    count = queries.c_in.shape[2]
+    total = rows * heads * count
     launch(
         _backward_q,
         (total * (BLOCK // tile.rows),),
@@ -124,15 +122,12 @@ def backward_q(
         queries.c_in,
         pool.c_in,
         page,
-        schedule.first_slot,
-        schedule.last_slot,
-        schedule.query_base,
-        schedule.slot_base,
-        schedule.query_heads,
+        schedule,
         queries.scale,
+        rows,
         heads,
         page.shape[1],
-        total // (rows * heads),
+        count,
         page.shape[2],
         pool.k.shape[2],
         pool.c_in.shape[2],
@@ -148,16 +143,18 @@ def backward_q(
     )
 
 
-@triton.jit(do_not_specialize=["count", "slots"])
+@triton.jit(do_not_specialize=["rows", "count", "slots"])
 def _backward_kv(
     q_tiles, grad_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, column_ptr, rowterm, delta, c_query_ptr, c_pool_ptr,
-    page_ptr, first_ptr, last_ptr, query_base_ptr, slot_base_ptr, heads_ptr, scale,
-    kv_heads, count, slots, pool_heads, pool_blocks,
+    page_ptr, schedule_ptr, scale, rows, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OWN: tl.constexpr, EXACT: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // COLUMNS
     TILES: tl.constexpr = BLOCK // ROWS
+    query_base_ptr, slot_base_ptr, _, _, first_ptr, last_ptr, _, heads_ptr, _, _ = schedule_parts(
+        schedule_ptr, rows * kv_heads * GROUP, rows * kv_heads, count, slots
+    )
     work = tl.program_id(0) // PARTS
     row_head, slot = tl.load(heads_ptr + work // slots), work % slots
     page = tl.load(page_ptr + row_head * slots + slot)
@@ -242,16 +239,18 @@ def _meet_queries(
     return product(ds.to(q.dtype), q, dk), dv, column
 
 
-@triton.jit(do_not_specialize=["count", "slots"])
+@triton.jit(do_not_specialize=["rows", "count", "slots"])
 def _backward_q(
     q_tiles, grad_tiles, k_tiles, v_tiles, dq_tiles, row_ptr, rowterm_ptr, delta_ptr, c_query_ptr, c_pool_ptr,
-    page_ptr, first_ptr, last_ptr, query_base_ptr, slot_base_ptr, heads_ptr, scale,
-    heads, kv_heads, count, slots, pool_heads, pool_blocks,
+    page_ptr, schedule_ptr, scale, rows, heads, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OWN: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // ROWS
     TILES: tl.constexpr = BLOCK // COLUMNS
+    query_base_ptr, slot_base_ptr, first_ptr, last_ptr, _, _, heads_ptr, _, _, _ = schedule_parts(
+        schedule_ptr, rows * heads, rows * kv_heads, count, slots
+    )
     work = tl.program_id(0) // PARTS
     part = PARTS - 1 - tl.program_id(0) % PARTS
     row_head = tl.load(heads_ptr + work // count)

@@ -16,7 +16,7 @@ import triton.language as tl
 from foxdist.attention.kernels.configs import capability, choose
 from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import LOG2_E, descriptor, find_page, load_tile, product, store_tile
-from foxdist.attention.kernels.schedule import Schedule
+from foxdist.attention.kernels.schedule import schedule_parts
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import Pages
 from foxdist.attention.queries import Queries
@@ -26,7 +26,7 @@ from foxdist.layout import BLOCK
 def forward(
     queries: Queries,
     pool: Pages,
-    schedule: Schedule,
+    schedule: torch.Tensor,
     page: torch.Tensor,
     bounded: torch.Tensor | None,
     into: Partial,
@@ -43,7 +43,8 @@ def forward(
     """
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).forward
-    total = schedule.query_base.numel()
+    count = queries.c_in.shape[2]
+    total = rows * heads * count
     launch(
         _forward,
         (total * (BLOCK // tile.rows),),
@@ -55,16 +56,13 @@ def forward(
         queries.c_in,
         pool.c_in,
         page,
-        schedule.first_slot,
-        schedule.last_slot,
-        schedule.query_base,
-        schedule.slot_base,
-        schedule.query_heads,
+        schedule,
         bounded if own or merge else None,
         queries.scale,
+        rows,
         heads,
         page.shape[1],
-        total // (rows * heads),
+        count,
         page.shape[2],
         pool.k.shape[2],
         pool.c_in.shape[2],
@@ -80,15 +78,17 @@ def forward(
     )
 
 
-@triton.jit(do_not_specialize=["count", "slots"])
+@triton.jit(do_not_specialize=["rows", "count", "slots"])
 def _forward(
     q_tiles, k_tiles, v_tiles, out_tiles, lse2_ptr, c_query_ptr, c_pool_ptr, page_ptr,
-    first_ptr, last_ptr, query_base_ptr, slot_base_ptr, heads_ptr, bounded_ptr, scale,
-    heads, kv_heads, count, slots, pool_heads, pool_blocks,
+    schedule_ptr, bounded_ptr, scale, rows, heads, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     OWN: tl.constexpr, MERGE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // ROWS
+    query_base_ptr, slot_base_ptr, first_ptr, last_ptr, _, _, heads_ptr, _, _, _ = schedule_parts(
+        schedule_ptr, rows * heads, rows * kv_heads, count, slots
+    )
     work = tl.program_id(0) // PARTS
     part = PARTS - 1 - tl.program_id(0) % PARTS
     row_head = tl.load(heads_ptr + work // count)
