@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from foxdist.attention import ring, tiles
 from foxdist.attention.acp import Acp
@@ -54,7 +55,8 @@ def attention(
     """(out, start, counts), of which out is differentiable. Arguments are checked already; `cp` has several ranks."""
     given = acp.logit_bound if acp else None
     by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
-    out, _, _, _, start, _, _, counts = _attention(
+    operator = _Attention.apply if not torch.compiler.is_compiling() and _is_plain(q) else _attention
+    out, _, _, _, start, _, _, counts = operator(
         q,
         k,
         v,
@@ -68,6 +70,12 @@ def attention(
         cp.key if cp else "",
     )
     return out, start, counts
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether nothing watches what happens to x. Then functions are called, not operators: the dispatcher's way there
+    and back again takes a tenth of what a call costs on the host."""
+    return type(x) is torch.Tensor and not is_in_torch_dispatch_mode()
 
 
 def _forward(
@@ -157,7 +165,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
-            out, *rest, counts = outputs = _attention(*inputs)
+            forward = _forward if _is_plain(inputs[0]) else _attention
+            out, *rest, counts = outputs = forward(*inputs)
         q, k, v, *_, ctx.scale, ctx.backend, ctx.cp = inputs
         ctx.save_for_backward(q, k, v, out, *rest)
         ctx.mark_non_differentiable(*rest, counts)
@@ -169,7 +178,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 11
-        gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
+        backward = _backward if _is_plain(grad) else _attention_backward
+        gradients = backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
         return *gradients, *(None,) * 7
 
 

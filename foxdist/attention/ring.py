@@ -177,8 +177,14 @@ def _counts(
 ) -> torch.Tensor:
     rows, _, total = start.shape
     causal, count = _causal_tiles(total, cp)
-    traffic = _traffic(plan, cp.rank, pool, swaps) if plan and cp else Traffic()
-    return counts_of(rows * causal, rows * count, traffic)
+    if not (plan and cp):
+        return _counts_alone(rows * causal, rows * count).clone()
+    return counts_of(rows * causal, rows * count, _traffic(plan, cp.rank, pool, swaps))
+
+
+@lru_cache(maxsize=64)
+def _counts_alone(causal: int, count: int) -> torch.Tensor:
+    return counts_of(causal, count, Traffic())
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """Launching kernels at little cost on the host: Triton's own way takes 40 to 80 us a launch, as long as a small kernel.
 
-Most of that is finding the compiled kernel among a kernel's variants. Here variants are found by what Triton makes them
-from, the kinds of the arguments and the constants, in one look at a dictionary.
+Most of that is finding the compiled kernel among a kernel's variants. Triton makes them from kinds of arguments: dtype,
+alignment, whether a number is 1 or a multiple of 16. Here they are found by the arguments' dtypes and the numbers
+themselves, in one look at a dictionary: a training job uses few of them. New ones ask Triton.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import triton
 
 _INTERPRETED = triton.knobs.runtime.interpret
+_MOST = 4096  # entries, of a few hundred bytes: sequences of ever new lengths must not fill the memory
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
@@ -21,31 +23,29 @@ def cdiv(a: int, b: int) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """kernel[grid](*arguments, **constants), on the current device.
 
-    arguments: all that the kernel takes by value or pointer, in its order. constants: its constexprs, which come last
-    in its order, and launch options such as num_warps.
+    arguments: all that the kernel takes by value or pointer, in its order; descriptors have a `kind` (see operands.py).
+    constants: its constexprs, which come last in its order, and launch options such as num_warps. Of one kernel always
+    the same names in the same order.
     """
     if _INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    kinds: list[Any] = [kernel, torch.cuda.current_device(), *constants.items()]
+    key: list[Any] = [kernel, torch.cuda.current_device(), *constants.values()]
     values: list[Any] = []
     for x in arguments:
-        kind = type(x)
-        if kind is torch.Tensor:
-            dtype, x = x.dtype, x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
-            kinds.append((dtype, x & 15 == 0))
-        elif kind is int:
-            kinds.append((x == 1, x & 15 == 0, x.bit_length() > 31))
-        elif x is None or kind is float:
-            kinds.append(kind)
-        else:  # a descriptor, whose layout follows from its block
-            kinds.append((x.base.dtype, *x.block_shape))
-        values.append(x)
-    key = tuple(kinds)
-    known = _compiled.get(key)
-    if known is None:
-        compiled = kernel[grid](*arguments, **constants)
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        if type(x) is torch.Tensor:
+            pointer = x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
+            key += x.dtype, pointer & 15
+            values.append(pointer)
+        else:
+            key.append(x if x is None or type(x) in (int, float) else x.kind)
+            values.append(x)
+    known = _compiled.get(tuple(key))
+    if known is not None:
+        compiled, last = known
+        compiled[(*grid, 1, 1)[:3]](*values, *last)
         return
-    compiled, last = known
-    compiled[(*grid, 1, 1)[:3]](*values, *last)
+    if len(_compiled) >= _MOST:
+        _compiled.clear()
+    compiled = kernel[grid](*arguments, **constants)
+    _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])

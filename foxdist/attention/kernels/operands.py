@@ -1,6 +1,7 @@
 """How kernels see tensors: descriptors made on the host, and the device functions that all Triton kernels share."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -32,16 +33,24 @@ def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
 
     Only leading dimensions of 1 fall away when a tile is loaded; so T and H change places, which is a view.
     """
-    x = x.transpose(1, 2)
-    # The stride of a dimension of size 1 means nothing, but is checked.
-    strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape[:-1])]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]])
+    (b, t, h, d), (row, token, head, _) = x.shape, x.stride()
+    # The stride of a dimension of size 1 means nothing, but is read.
+    strides = [row if b > 1 else d, head if h > 1 else d, token if t > 1 else d, 1]
+    return unchecked(TensorDescriptor, x, [b, h, t, d], strides, [1, 1, rows, d])
 
 
 def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
     """Descriptor of pieces [1, length] of x [B, H, n, BLOCK], contiguous."""
-    x = x.view(-1, x.shape[-1])
-    return TensorDescriptor.from_tensor(x, [1, length])
+    block = x.shape[-1]
+    return unchecked(TensorDescriptor, x, [x.numel() // block, block], [block, 1], [1, length])
+
+
+def unchecked(kind: type, x: torch.Tensor, shape: Any, strides: Any, block: list[int], **others: Any) -> Any:
+    """A descriptor of class `kind` without its checks, which `aligned` has made: 2 us instead of 10."""
+    made = object.__new__(kind)
+    made.__dict__.update(base=x, shape=shape, strides=strides, block_shape=block, padding="zero", **others)
+    made.__dict__["kind"] = (x.dtype, *block)  # by which `launch` tells compiled kernels apart
+    return made
 
 
 @triton.jit

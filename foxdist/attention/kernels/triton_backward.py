@@ -274,6 +274,13 @@ def _backward_q(
     end = (last + 1) * TILES
     if OWN:
         end = (last * BLOCK + part * ROWS) // COLUMNS
+    if OWN:
+        own_page = tl.load(pages + last)
+        for tile in tl.range(end, end + tl.cdiv(part * ROWS % COLUMNS + ROWS, COLUMNS)):
+            dq, sums = _meet_keys(
+                dq, sums, q, grad, term, above, c_row, in_block, k_tiles, v_tiles, c_pool_ptr, own_page, 0.0, tile,
+                scale, row, head, kv_heads, pool_heads, pool_blocks, BLOCK, GROUP, DIM, COLUMNS, OWN, EXACT, True,
+            )  # fmt: skip
     slot = tl.maximum(first, 0)
     page, slot_base = tl.load(pages + slot), tl.load(bases + slot)
     for tile in tl.range(first * TILES, end):
@@ -284,13 +291,6 @@ def _backward_q(
             dq, sums, q, grad, term, above, c_row, in_block, k_tiles, v_tiles, c_pool_ptr, here, shift, tile,
             scale, row, head, kv_heads, pool_heads, pool_blocks, BLOCK, GROUP, DIM, COLUMNS, OWN, EXACT, False,
         )  # fmt: skip
-    if OWN:
-        own_page = tl.load(pages + last)
-        for tile in tl.range(end, end + tl.cdiv(part * ROWS % COLUMNS + ROWS, COLUMNS)):
-            dq, sums = _meet_keys(
-                dq, sums, q, grad, term, above, c_row, in_block, k_tiles, v_tiles, c_pool_ptr, own_page, 0.0, tile,
-                scale, row, head, kv_heads, pool_heads, pool_blocks, BLOCK, GROUP, DIM, COLUMNS, OWN, EXACT, True,
-            )  # fmt: skip
     dq *= scale
     if ADD:
         dq += load_tile(dq_tiles, row, head, token, ROWS, DIM)
