@@ -253,3 +253,28 @@ def test_attention_is_the_same_through_the_kernels(monkeypatch):
     for x, reference in zip(result[:-1], expected):
         assert torch.equal(x, reference)
     assert relative(result[-1], expected[-1]) < torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dim, heads, kv_heads", [(64, 4, 2), (40, 3, 3), (256, 2, 1)])
+def test_largest_norms(dim, heads, kv_heads):
+    """Also of views into a projection whose numbers are not next to each other, and of any head dimension."""
+    g = torch.Generator().manual_seed(dim)
+    x = (
+        torch.randn(2, 300, heads + kv_heads, 2, dim, generator=g, dtype=torch.float32)
+        .to(DEVICE)
+        .transpose(3, 4)[..., 0]
+    )
+    q, k = x.split([heads, kv_heads], 2)
+    expected = acp.largest_norms(q, k)
+    torch.testing.assert_close(boundary.find_norms(q, k, "triton"), expected, rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(boundary.find_norms(q.bfloat16(), k.bfloat16(), "triton"), expected, rtol=4e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
+def test_a_norm_that_is_not_finite_is_the_largest(value):
+    q = torch.ones(1, 200, 2, 16, device=DEVICE)
+    q[0, 130, 1, 3] = value
+    norms = boundary.find_norms(q, torch.zeros_like(q), "triton")
+    assert norms[0, 0] == 4
+    assert not norms[0, 1].isfinite()
+    assert not norms[0, 2:].any()

@@ -1,5 +1,7 @@
 """Kernels on a GPU through the public function: errors against the definition, long sequences, the same bits."""
 
+import math
+
 import pytest
 import torch
 
@@ -119,11 +121,23 @@ def test_same_bits_every_run_and_without_pruning(backend):
         assert all(
             torch.equal(a, b) for a, b in zip(gradients(tensors, backend=backend, acp=Acp(logit_bound=11.6)), first)
         )
-    # A bound this large takes the running maximum, as no bound does.
-    off, unreachable = (
-        gradients(tensors, backend=backend, acp=acp) for acp in (None, Acp(log_eps=-1e30, logit_bound=99.0))
+    # A bound as large as 99 takes the running maximum, as no bound does.
+    off, *others = (
+        gradients(tensors, backend=backend, acp=acp)
+        for acp in (None, Acp(log_eps=-1e30, logit_bound=99.0), Acp(log_eps=-math.inf, logit_bound=11.6))
     )
-    assert all(torch.equal(a, b) for a, b in zip(off, unreachable))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(off, other))
+
+
+@pytest.mark.parametrize("backend", FAMILIES)
+def test_backward_twice_gives_the_same_bits(backend):
+    """Both read the schedule that forward made, and count in it."""
+    q, k, v, log_f = (x.cuda().requires_grad_() for x in inputs(1, 2000, 4, 2, 64, dtype=BF16))
+    out = forgetting_attention(q, k, v, log_f, backend=backend, acp=Acp(logit_bound=8.2))
+    weight = torch.randn_like(out)
+    first, second = (torch.autograd.grad(out, (q, k, v, log_f), weight, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(x.any() for x in first)
 
 
 @pytest.mark.parametrize("backend", FAMILIES)

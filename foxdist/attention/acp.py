@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 
+from foxdist.attention.gates import LOG2E
+
 BOUNDS = ("paper",)
-LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +25,15 @@ class Acp:
     """What may be pruned. No query loses more than exp(log_eps) of its attention weight."""
 
     log_eps: float = -10.0
-    """Natural log of the weight that any query may lose in total; must be negative."""
+    """Natural log of the weight that any query may lose in total; must be negative. -inf: as if there were no `Acp`."""
     bound: Literal["paper"] = "paper"
     """The rule that proves it; see the module's docstring."""
     logit_bound: float | torch.Tensor | None = None
     """U >= max |scale q.k|: one number, a [H] tensor, or None to measure it (over ranks: one small all-reduce)."""
 
     def __post_init__(self) -> None:
-        if not (self.log_eps < 0 and math.isfinite(self.log_eps)):
-            raise ValueError(
-                f"acp.log_eps={self.log_eps}: not the log of a small weight; must be finite and negative; try -10.0"
-            )
+        if not self.log_eps < 0:
+            raise ValueError(f"acp.log_eps={self.log_eps}: not the log of a small weight; must be negative; try -10.0")
         if self.bound not in BOUNDS:
             raise ValueError(f"acp.bound={self.bound!r}: unknown; must be one of {', '.join(BOUNDS)}; use 'paper'")
         if isinstance(self.logit_bound, int | float) and not (0 <= self.logit_bound < math.inf):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from foxdist.attention import gates
-from foxdist.attention.acp import Acp, bounded_heads, reference_room, start_blocks
+from foxdist.attention.acp import Acp, bounded_heads, largest_norms, reference_room, start_blocks
 
 Whole = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,6 +52,15 @@ def find_boundary(
     bound = torch.as_tensor(bound, dtype=torch.float64, device=log_f.device)
     start = start_blocks(base, table[..., 1], acp, bound, length)
     return Boundary(c_in, base, start, bounded_heads(bound, (start.shape[0], start.shape[1]), acp, room))
+
+
+def find_norms(q: torch.Tensor, k: torch.Tensor, backend: str) -> torch.Tensor:
+    """[B, H + K] float32: the largest norms of q and k, over this rank's tokens. See `acp.largest_norms`."""
+    if _in_kernels(q, backend):
+        from foxdist.attention.kernels import norms
+
+        return norms.largest_norms(q, k)
+    return largest_norms(q, k)
 
 
 def gate_gradient(

@@ -11,10 +11,13 @@ The gradient goes the same way back: dlog f_t = sum_{u>=t} dc_u is a sum inside 
 later blocks.
 """
 
+import math
+
 import torch
 
 from foxdist.layout import BLOCK
 
+LOG2E = math.log2(math.e)  # exponents are powers of 2
 # log f of a document's first token: exp is exactly 0 in float32, and c_in stays precise. It adds up over the documents
 # in a block: output errors of 5e-6, 1e-5 and 3e-5 with documents of 64, 16 and 2 tokens, where one alone has 4e-6.
 RESET = -200.0

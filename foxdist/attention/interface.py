@@ -1,5 +1,7 @@
 """The public attention function: checks its arguments, chooses the tile implementation, calls the operator."""
 
+import math
+
 import torch
 
 from foxdist.attention.acp import Acp
@@ -32,7 +34,7 @@ def forgetting_attention(
     T is this rank's part in layout order, and a whole number of blocks for each of its chunks.
 
     scale: factor of q.k. Default: D ** -0.5.
-    acp: what may be pruned. Default: None, nothing.
+    acp: what may be pruned. Default: None, nothing, and the same bits as with `Acp(log_eps=-math.inf)`.
     cp: the ranks that share the sequence; every one of them must call. Default: None, this process holds all of it.
     backend: "gluon" (Hopper GPUs, bfloat16 or float16, D 64 or 128), "triton" (CUDA GPUs, D 16 to 256 in powers of 2),
         "torch" (anything), or "auto" for the first of these that applies, which the log says once. Default: "auto".
@@ -52,6 +54,8 @@ def forgetting_attention(
             f"acp.logit_bound: shape {list(acp.logit_bound.shape)}; must be [{q.shape[2]}], one for each query head; "
             "pass a number for all heads"
         )
+    if acp is not None and acp.log_eps == -math.inf:
+        acp = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cp = cp if cp is not None and cp.size > 1 else None
     out, start, counts = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)

@@ -178,7 +178,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 11
-        backward = _backward if _is_plain(grad) else _attention_backward
+        backward: Any = _backward if _is_plain(grad) else _attention_backward
         gradients = backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
         return *gradients, *(None,) * 7
 

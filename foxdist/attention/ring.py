@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from foxdist.attention import boundary, tiles
-from foxdist.attention.acp import Acp, largest_norms, measured_bound
+from foxdist.attention.acp import Acp, measured_bound
 from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
@@ -158,7 +158,7 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor |
     given = call.acp.logit_bound if call.acp else 0.0
     if given is not None:
         return given.to(q.device, torch.float64) if isinstance(given, torch.Tensor) else given
-    norms = largest_norms(q, k)
+    norms = boundary.find_norms(q, k, call.backend)
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 
 

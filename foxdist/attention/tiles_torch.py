@@ -10,19 +10,18 @@ is float32 for every input dtype, and weights are powers of 2: on a CPU, exp of 
 times as long as exp2.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from foxdist.attention import gates
+from foxdist.attention.gates import LOG2E
 from foxdist.attention.merge import Partial, merge
 from foxdist.attention.pages import BlockTable, Pages
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
 from foxdist.layout import BLOCK
 
-LOG2_E = math.log2(math.e)
 # Logits of 64 tiles are 4 MiB. Forward + backward on two cores of an AMD EPYC at 16, 32, 64, 128, 256 tiles:
 # 968, 760, 736, 924, 997 ms (python -m foxdist.bench attention --device cpu --lengths 16384). A GPU wants large batches
 # instead of a cache: 128 MiB.
@@ -41,7 +40,7 @@ class _Batch(NamedTuple):
 
 def forward(queries: Queries, pool: Pages, table: BlockTable, so_far: Partial | None) -> Partial:
     """Attention over the pool, merged with `so_far`; all float32, whatever the inputs' dtype."""
-    q = _blocks(queries.q).float() * (queries.scale * LOG2_E)
+    q = _blocks(queries.q).float() * (queries.scale * LOG2E)
     k, v, c_pages = _blocks(pool.k).float(), _blocks(pool.v).float(), _c_pages(pool)
     out = torch.zeros_like(q)
     top = q.new_full(q.shape[:2], -torch.inf)
@@ -69,7 +68,7 @@ def backward(
 
     The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part.
     """
-    q = _blocks(queries.q).float() * (queries.scale * LOG2_E)
+    q = _blocks(queries.q).float() * (queries.scale * LOG2E)
     k, v, c_pages = _blocks(pool.k).float(), _blocks(pool.v).float(), _c_pages(pool)
     grad = _blocks(prepared.grad).float()
     rowterm, delta = prepared.rowterm.flatten(0, 2), prepared.delta.flatten(0, 2)
@@ -90,7 +89,7 @@ def backward(
             mine = slice(None) if dc.shape[1] == 1 else batch.member == member
             dk.index_add_(0, batch.page[mine], dk_part[mine])
             dv.index_add_(0, batch.page[mine], dv_part[mine])
-    dq, dk, dv = _tokens(dq.mul_(queries.scale), queries.q), _tokens(dk.div_(LOG2_E), pool.k), _tokens(dv, pool.v)
+    dq, dk, dv = _tokens(dq.mul_(queries.scale), queries.q), _tokens(dk.div_(LOG2E), pool.k), _tokens(dv, pool.v)
     rows, _, count, _ = pool.c_in.shape
     column = dc.view(rows, pool.k.shape[2], count, pool.group, BLOCK).transpose(2, 3).reshape(pool.c_in.shape)
     row = row.view(queries.c_in.shape)
@@ -158,7 +157,7 @@ def _logits(q: torch.Tensor, k: torch.Tensor, queries: Queries, c_pages: torch.T
     logits = torch.bmm(q[batch.query], k[batch.page].mT)
     column = batch.shift[:, None] - c_pages[batch.page, batch.member]  # exact where the key is near
     row = queries.c_in.flatten(0, 2)[batch.query]
-    logits.add_(row[..., :, None] + column[..., None, :], alpha=LOG2_E)  # row + column first: exact where D is small
+    logits.add_(row[..., :, None] + column[..., None, :], alpha=LOG2E)  # row + column first: exact where D is small
     if batch.diagonal:
         future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
         logits.masked_fill_(future, -torch.inf)

@@ -1,9 +1,9 @@
-"""Command line: python -m foxdist.bench attention | record | tune [options]."""
+"""Command line: python -m foxdist.bench attention | kernels | record | tune [options]."""
 
 import argparse
 import sys
 
-from foxdist.bench import attention, record, tune
+from foxdist.bench import attention, kernels, record, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -12,6 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     for module, name, text in (
         (attention, "attention", "time, memory and errors of attention against other implementations"),
+        (kernels, "kernels", "time of each kernel of one attention call"),
         (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
         (tune, "tune", "times tile sizes of the kernels on a new GPU and prints their table"),
     ):

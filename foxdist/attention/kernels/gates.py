@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from foxdist.attention import acp
 from foxdist.attention.kernels.launcher import cdiv, launch
+from foxdist.attention.kernels.operands import LOG2_E
 from foxdist.layout import BLOCK
 
 # A program takes one block of up to GROUP heads: [B, T, H] is read along H, [B, H, n, BLOCK] along the tokens.
@@ -19,7 +19,6 @@ GROUP = 16
 # Blocks of the sequence that a program takes at a time: of one head in `boundary`, of GROUP in `gate_gradient`.
 PIECE = 512
 PIECE_OF_SUMS = 64
-LOG2E = tl.constexpr(acp.LOG2E)
 
 
 def block_sums(log_f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +148,7 @@ def _boundary(
         else:
             logit = tl.full([], 0.0, tl.float64) + bound
         delta = log_eps - (2 * logit + log_length)
-        bounded = (logit * (2 * LOG2E) <= room).to(tl.int32)
+        bounded = (logit * (2 * LOG2_E) <= room).to(tl.int32)
     tl.store(bounded_ptr + index, bounded)
     for first in range(0, blocks, PIECE):
         block = first + lane

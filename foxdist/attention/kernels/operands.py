@@ -1,6 +1,5 @@
 """How kernels see tensors: descriptors made on the host, and the device functions that all Triton kernels share."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,7 +7,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2_E = tl.constexpr(math.log2(math.e))
+from foxdist.attention.gates import LOG2E
+
+LOG2_E = tl.constexpr(LOG2E)
 # Triton's interpreter multiplies the bits of bf16 as integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Weights this close to 1 belong to a query with one key. Its scores have no gradient, but dP and delta are rounded
@@ -47,7 +48,7 @@ def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
 
 def unchecked(kind: type, x: torch.Tensor, shape: Any, strides: Any, block: list[int], **others: Any) -> Any:
     """A descriptor of class `kind` without its checks, which `aligned` has made: 2 us instead of 10."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     made.__dict__.update(base=x, shape=shape, strides=strides, block_shape=block, padding="zero", **others)
     made.__dict__["kind"] = (x.dtype, *block)  # by which `launch` tells compiled kernels apart
     return made

@@ -38,7 +38,7 @@ def make_schedule(queries: Queries, table: BlockTable) -> torch.Tensor:
     return words
 
 
-def parts(words_ptr, heads, kv_heads, count, slots):  # type: ignore[no-untyped-def]
+def parts(words_ptr, heads, kv_heads, count, slots):
     """Pointers into a schedule, on the device; here heads = B * H and kv_heads = B * K.
 
     query_base [heads, n] and slot_base [heads, S] float64: of each query block, and of the block in each slot.
