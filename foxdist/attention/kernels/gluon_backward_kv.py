@@ -32,7 +32,7 @@ from foxdist.attention.kernels.gluon_common import (
     ones_tile,
     page_place,
     programs,
-    receive,
+    read_work,
     row_places,
     schedule_parts,
     scores_of,
@@ -42,6 +42,7 @@ from foxdist.attention.kernels.gluon_common import (
     tma_store,
     vector_descriptor,
     weights,
+    word,
     work_buffer,
 )
 from foxdist.attention.kernels.launcher import launch
@@ -106,9 +107,22 @@ def backward_kv(
 
 
 @gluon.jit
+def _schedule_parts(schedule_ptr, sizes):
+    """(query_base, slot_base, first_query, last_query, slot_heads, taken) of the schedule. Found where they are used:
+    a pointer that all partitions share would stay in a register of each."""
+    heads, kv_heads, count, slots, total, _, _, _ = sizes
+    all_kv_heads = total // slots
+    query_base, slot_base, _, _, first_query, last_query, _, slot_heads, taken, _ = schedule_parts(
+        schedule_ptr, all_kv_heads * (heads // kv_heads), all_kv_heads, count, slots
+    )
+    return query_base, slot_base, first_query, last_query, slot_heads, taken + 1
+
+
+@gluon.jit
 def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, KB: gl.constexpr):
     q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc = descs
-    first_ptr, last_ptr, heads_ptr, taken_ptr, page_ptr = ptrs
+    _, _, schedule_ptr, page_ptr = ptrs
+    _, _, first_ptr, last_ptr, heads_ptr, taken_ptr = _schedule_parts(schedule_ptr, sizes)
     heads, kv_heads, count, slots, total, _, pool_heads, pool_blocks = sizes
     q_s, do_s, r_s, dl_s, k_s, v_s, _, work_s = smem
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty, work_full, work_empty = bars
@@ -207,7 +221,8 @@ def _head(
     D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """All query tiles of one head; writes the head's column sums."""
-    c_ptr, dc_ptr, query_base_ptr, slot_base_ptr, _, _ = ptrs
+    c_ptr, dc_ptr, schedule_ptr, _ = ptrs
+    query_base_ptr, slot_base_ptr, _, _, _, _ = _schedule_parts(schedule_ptr, sizes)
     count, slots = sizes[2], sizes[3]
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     key = C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
@@ -237,7 +252,7 @@ def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
     OWN: gl.constexpr, PARTIAL: gl.constexpr, GROUPED: gl.constexpr, KB: gl.constexpr, AREG: gl.constexpr,
 ):  # fmt: skip
-    first_ptr, last_ptr = ptrs[4], ptrs[5]
+    _, _, first_ptr, last_ptr, _, _ = _schedule_parts(ptrs[2], sizes)
     heads, kv_heads, _, slots, _, _, pool_heads, pool_blocks = sizes
     k_s, v_s, work_s = smem[4], smem[5], smem[7]
     kv_full, kv_empty, work_full, work_empty = bars[0], bars[1], bars[6], bars[7]
@@ -246,7 +261,7 @@ def _consumer(
     group = heads // kv_heads
     n = 0
     it = 0
-    kv_head, slot, page, first, last = receive(0, work_s, work_full, work_empty)
+    kv_head, slot, page, first, last = read_work(0, work_s, work_full)
     while kv_head >= 0:
         b, h, block = page_place(page, pool_heads, pool_blocks)
         k_tile = k_s.index(n % KB * 2 + C)
@@ -276,10 +291,12 @@ def _consumer(
             it, dk, dv = _head(
                 kv_head, it, k, v, dk, dv, slot, first, last, c_place, ptrs, sizes, scale, smem, bars, C, D, BM, ST, OWN
             )
+        page = word(work_s.index(n % 2), 2)  # again: registers are short
+        mbarrier.arrive(work_empty.index(n % 2), count=1)
         _finish(k_tile, v_tile, dk * scale, dv, page, outs, sizes, C, D, PARTIAL)
         mbarrier.arrive(kv_empty.index(n % KB), count=1)
         n += 1
-        kv_head, slot, page, first, last = receive(n, work_s, work_full, work_empty)
+        kv_head, slot, page, first, last = read_work(n, work_s, work_full)
 
 
 @gluon.jit
@@ -325,12 +342,7 @@ def kv_kernel(
     bars = kv_bars + q_bars + (barriers(2, 1), barriers(2, 2))
     smem = (q_s, do_s, r_s, dl_s, k_s, v_s, ones_tile(BM, dtype), work_buffer())
     fence_async_shared()
-    all_kv_heads = total // slots
-    query_base_ptr, slot_base_ptr, _, _, first_ptr, last_ptr, _, heads_ptr, taken_ptr, _ = schedule_parts(
-        schedule_ptr, all_kv_heads * (heads // kv_heads), all_kv_heads, count, slots
-    )
-    ptrs = (c_ptr, dc_ptr, query_base_ptr, slot_base_ptr, first_ptr, last_ptr)
-    work_ptrs = (first_ptr, last_ptr, heads_ptr, taken_ptr + 1, page_ptr)
+    ptrs = (c_ptr, dc_ptr, schedule_ptr, page_ptr)
     sizes = (heads, kv_heads, count, slots, total, pool_length, pool_heads, pool_blocks)
     outs = (dk_desc, dv_desc, dk_ptr, dv_ptr)
     descs = (q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc)
@@ -338,7 +350,7 @@ def kv_kernel(
         [
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BM, ST, OWN, PARTIAL, GROUPED, KB, AREG)),
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BM, ST, OWN, PARTIAL, GROUPED, KB, AREG)),
-            (_producer, (descs, work_ptrs, sizes, smem, bars, D, BM, ST, KB)),
+            (_producer, (descs, ptrs, sizes, smem, bars, D, BM, ST, KB)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -123,17 +123,23 @@ def hand_out(a, b, c, d, e, n, work_s, full, empty):
 
 
 @gluon.jit
-def receive(n, work_s, full, empty):
-    """Consumer: the five numbers of its n-th piece of work."""
+def read_work(n, work_s, full):
+    """Consumer: the five numbers of its n-th piece of work, which stay there until it arrives at `empty`."""
     mbarrier.wait(full.index(n % 2), (n // 2) & 1)
-    fields = work_s.index(n % 2)
-    a, b, c, d, e = _word(fields, 0), _word(fields, 1), _word(fields, 2), _word(fields, 3), _word(fields, 4)
+    words = work_s.index(n % 2)
+    return word(words, 0), word(words, 1), word(words, 2), word(words, 3), word(words, 4)
+
+
+@gluon.jit
+def receive(n, work_s, full, empty):
+    """Consumer: the same, and makes room for another piece."""
+    a, b, c, d, e = read_work(n, work_s, full)
     mbarrier.arrive(empty.index(n % 2), count=1)
     return a, b, c, d, e
 
 
 @gluon.jit
-def _word(words, i: gl.constexpr):
+def word(words, i: gl.constexpr):
     return gl.max(words.slice(i, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
