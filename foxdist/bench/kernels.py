@@ -127,7 +127,9 @@ def table(forward: dict[str, Spent], both: dict[str, Spent], tails: dict[str, Ta
     planning = sum(x.ms for x in forward.values()) - attention
     lines.append("")
     if attention:
-        lines.append(f"planning: {planning:.3f} ms, {100 * planning / attention:.1f} % of the forward kernel's")
+        lines.append(
+            f"forward alone: {attention:.3f} ms; planning: {planning:.3f} ms, {100 * planning / attention:.1f} % of it"
+        )
     for name, tail in tails.items():
         lines.append(
             f"longest piece of work, {name}: {tail.longest:,} tiles; an SM's even share: {tail.share:,.0f} tiles"

@@ -60,6 +60,21 @@ HOPPER = {
     ),
 }
 
+# The same in float32: 8 heads, T=16384, 30 % of the tiles kept; ms. Products in tensor cores, as three of tf32: without
+# them, 32x32 w8 took 13.6 and 58 ms forward and backward at D=64, 26.8 and 272 at D=128.
+HOPPER_FLOAT32 = {
+    64: Tiles(
+        forward=Tile(64, 64, 4, 1),  # 1.74; 128x32 w8 2.01, 32x64 w4 2.10, 64x64 w8 3.47
+        backward_kv=Tile(64, 128, 8, 1),  # 3.61; 64x64 w4 4.49, 32x64 w4 5.38, 64x64 w8 9.57
+        backward_q=Tile(128, 32, 8, 1),  # 2.41; 64x32 w4 2.45, 64x64 w4 2.97, 64x128 w8 15.6
+    ),
+    128: Tiles(
+        forward=Tile(64, 32, 4, 1),  # 5.27; 32x32 w4 5.79, 32x64 w8 5.88, 64x64 w8 9.00
+        backward_kv=Tile(32, 64, 4, 1),  # 18.5; 64x64 w8 27.1, 32x64 w8 37.4, 64x32 w4 147
+        backward_q=Tile(64, 32, 4, 1),  # 10.4; 64x64 w8 16.6, 64x32 w8 19.9, 32x64 w4 115
+    ),
+}
+
 
 class Variants(NamedTuple):
     """Compile-time choices of the three Gluon kernels, whose tiles are fixed: 64 queries or keys for each consumer."""
@@ -115,8 +130,9 @@ def choose(family: str, capability: tuple[int, int], dim: int, dtype: torch.dtyp
             f"q: head dimension {dim} has no kernel; must be one of {', '.join(map(str, DIMS))}; "
             "change the head dimension or use backend='torch'"
         )
-    if capability[0] == 9 and dim in HOPPER and dtype != torch.float32:
-        return HOPPER[dim]
+    measured = HOPPER_FLOAT32 if dtype == torch.float32 else HOPPER
+    if capability[0] == 9 and dim in measured:
+        return measured[dim]
     return _unmeasured(dim, dtype)
 
 
@@ -125,10 +141,11 @@ def _unmeasured(dim: int, dtype: torch.dtype) -> Tiles:
 
     Chosen by what ptxas says for sm_80 (Triton 3.6; bytes spilled): without a copy engine, addresses are in registers.
     """
-    if dtype == torch.float32:  # products without tensor cores: operands stay in registers
-        if dim == 256:  # 16x32 w4 takes a minute and a half to compile
+    if dtype == torch.float32:  # the two halves of each operand stay in registers
+        if dim == 256:
             return Tiles(*[Tile(16, 16, 8, 1)] * 3)
-        return Tiles(*[Tile(32, 32, 4 if dim < 64 else 8, 1)] * 3)
+        # D = 64: forward 0, dK/dV 80, dQ 8; 64x32 w4 140, 900, 828. D = 128: 120, 584, 300; w4 428, 1428, 736.
+        return Tiles(*[Tile(32, 32, 8 if dim == 128 else 4, 1)] * 3)
     if dim == 256:
         return Tiles(
             forward=Tile(32, 32, 8, 1),  # 20; 64x32 w8 1928

@@ -75,8 +75,8 @@ def gate_gradient(
     row, column: [B, H, n, BLOCK] float32, zero beyond T. sums: [B, H, N] float64, of dc over each block of the whole
     sequence. blocks: [n] int64, where this rank's blocks stand in it.
 
-    Every program adds up the blocks after its own, N * N / 2 additions for a head in all: less than a launch takes up
-    to 256k tokens, and one launch less than a scan that comes before.
+    Every program adds up the blocks after its own, N * N / 2 additions for a head in all: one launch less than with a
+    scan before, and 0.1 % of a call at 65,536 tokens (python -m foxdist.bench kernels).
     """
     rows, heads, count = row.shape[:3]
     out = torch.empty(rows, length, heads, device=row.device, dtype=torch.float32)

@@ -60,17 +60,8 @@ def parts(words_ptr, heads, kv_heads, count, slots):
     slot_heads = query_heads + heads
     taken = slot_heads + kv_heads
     return (
-        query_base,
-        slot_base,
-        first_slot,
-        last_slot,
-        first_query,
-        last_query,
-        query_heads,
-        slot_heads,
-        taken,
-        taken + 3,
-    )
+        query_base, slot_base, first_slot, last_slot, first_query, last_query, query_heads, slot_heads, taken, taken + 3
+    )  # fmt: skip
 
 
 schedule_parts = triton.jit(parts)
