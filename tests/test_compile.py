@@ -28,22 +28,29 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("bound", [None, 4.0, torch.full((4,), 4.0)], ids=["dense", "number", "by head"])
-@pytest.mark.parametrize("dtype, length", [(torch.float32, 300), (torch.bfloat16, 256)])
-def test_the_operator_is_what_it_says(bound, dtype, length):
+CASES = [
+    (bound, dtype, length, "torch")
+    for bound in (None, 4.0, torch.full((4,), 4.0))
+    for dtype, length in ((torch.float32, 300), (torch.bfloat16, 256))
+]
+
+
+@pytest.mark.parametrize("bound, dtype, length, backend", [*CASES, (4.0, torch.float32, 130, "triton")])
+def test_the_operator_is_what_it_says(bound, dtype, length, backend):
     """Schema, no aliases among its results, fakes with the right shapes and strides, derivatives under AOT."""
     tensors = [x.requires_grad_() for x in inputs(2, length, 4, 2, 16, dtype=dtype)]
     by_head, number = (bound, None) if isinstance(bound, torch.Tensor) else (None, bound)
     log_eps, rule = (None, "") if bound is None else (-10.0, "paper")
-    arguments = (*tensors, by_head, number, log_eps, rule, 0.25, "torch", "")
+    arguments = (*tensors, by_head, number, log_eps, rule, 0.25, backend, "")
     torch.library.opcheck(torch.ops.foxdist.attention.default, arguments)
 
 
-def test_the_backward_operator_is_what_it_says():
-    tensors = inputs(2, 300, 4, 2, 16)
-    outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, -10.0, "paper", 0.25, "torch", "")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_backward_operator_is_what_it_says(backend):
+    tensors = inputs(2, 130, 4, 2, 16)
+    outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, -10.0, "paper", 0.25, backend, "")
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
-    arguments = (grad, *tensors[:3], *outputs[:-1], 0.25, "torch", "")
+    arguments = (grad, *tensors[:3], *outputs[:-1], 0.25, backend, "")
     torch.library.opcheck(torch.ops.foxdist.attention_backward.default, arguments)
 
 
