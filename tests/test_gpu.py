@@ -1,5 +1,7 @@
 """The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
 
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,16 +37,21 @@ def gradients_on_gpu(fn, tensors):
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
 
 
+NEEDS_GXX = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+
+
 @needs_gpu
+@pytest.mark.parametrize("hidden", [32, 128], ids=["torch", "kernels"])  # heads of 8 have no kernel, of 32 they do
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_model_is_the_model(monkeypatch, checkpointing):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_GXX)])
+def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidden):
     monkeypatch.undo()  # inductor's own passes use torch.empty, and expect no fill in it
     torch._dynamo.reset()
     data = [x.cuda() for x in batch()]
     compiled, eager, graphs = whole_model(
-        small(), data, "inductor", device="cuda", activation_checkpointing=checkpointing
+        small(hidden=hidden), data, backend, device="cuda", activation_checkpointing=checkpointing
     )
-    compare(compiled, eager, ROUNDING["inductor"])
+    compare(compiled, eager, ROUNDING[backend])
     assert graphs == 1
 
 

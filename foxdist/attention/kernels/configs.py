@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     backward_q: Tile
 
 
-# One H200, Triton 3.6, bf16, T=65536, 17.7 % of the tiles kept; ms (TFLOP/s of the products done).
+# One H200, Triton 3.6, bf16, T=65536, 17.7 % of the tiles kept; ms (TFLOP/s of the products done), each kernel alone.
 HOPPER = {
     64: Tiles(
         # 3.73 running maximum, 3.51 fixed; s3 4.58, 128x64 w8 s3 4.34, 64x64 w4 s2 4.18, 128x128 w8 s3 5.22
@@ -55,7 +55,8 @@ HOPPER = {
         forward=Tile(128, 64, 8, 2, maxnreg=128),
         # 5.16 (603); s3 7.47, maxnreg=168 17.3, 64x128 w8 s2 5.70
         backward_kv=Tile(64, 64, 4, 2),
-        # 4.11 (568); s2 5.22, 64x64 w4 s2 4.42, 128x128 w8 s2 4.95
+        # Forward + backward 13.15; 64x64 w4 s2 13.36, 128x128 w8 s2 13.40, s2 13.80, 64x64 w4 s3 14.06. With the
+        # diagonal last, and not first, ptxas serialises the products (C7515): 13.95.
         backward_q=Tile(128, 64, 8, 3),
     ),
 }
@@ -110,6 +111,9 @@ GLUON = {
 #   number, up to 15 % slower forward at D=128. Sorting the tiles cost 0.12 ms.
 # - Scores of the next tile ahead, in backward: dK/dV at D=64 5.94, dQ with 64 keys a tile 4.93 before the counter;
 #   D=128 has no registers for it (C7512). 64 keys a tile for dQ at D=128: 23.8 dense where 128 keys took 21.5.
+# - A schedule in one tensor, its pointers found in the kernel, costs dK/dV at D=128 150 bytes more of spills and no
+#   time; each piece of work handed over in shared memory, and read again at its end there, dense 29.2 to 28.7. The
+#   same in the forward kernel: 13.8 to 14.6 dense, by another order of instructions.
 # - Vectors read after the wait and not before: bytes spilled at D=128 from 592 to 344 (dK/dV) and 352 to 132 (dQ).
 
 
