@@ -1,5 +1,6 @@
 """Attention on one process against its definition: forward and every gradient, five gate regimes, odd sizes."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,12 @@ def test_scale_is_used():
     tensors = inputs(1, 200, 2)
     got = gradients(lambda *x: forgetting_attention(*x, scale=0.7), tensors)
     compare(got, gradients(lambda *x: naive_forgetting_attention(*x, scale=0.7), tensors), TOLERANCE)
+
+
+@pytest.mark.parametrize("scale", [2, np.float64(2.0), torch.tensor(2.0)])
+def test_scale_may_be_any_number(scale):
+    tensors = inputs(1, 200, 2)
+    assert torch.equal(forgetting_attention(*tensors, scale=scale), forgetting_attention(*tensors, scale=2.0))
 
 
 def test_pruning_changes_gradients_by_no_more_than_eps():

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from test_model import batch, built, small
 from test_train import curves
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, ring
 from foxdist.attention.transport import Swap
@@ -165,6 +166,48 @@ def test_compiled_attention_over_ranks_has_the_same_bits(ranks, layout, schedule
     for same, graphs in ranks(2, attend, layout, schedule):
         assert all(map(all, same)), same
         assert graphs == 1
+
+
+def outputs_and_fakes(rank, size, layout, backend):
+    """Shape and strides of all that the operators return, and of what their fakes say."""
+    cp = ContextParallel(dist.group.WORLD, layout)
+    tensors = [shard(x, rank, size, layout).clone() for x in inputs(1, 1024, 4, 2, 16)]
+    forward, backward = torch.ops.foxdist.attention.default, torch.ops.foxdist.attention_backward.default
+
+    def run(tensors):
+        outputs = forward(*tensors, None, 4.0, -10.0, "paper", 0.25, backend, cp.key)
+        gradients = backward(tensors[0], *tensors[:3], *outputs[:-1], 0.25, backend, cp.key)
+        return [(tuple(x.shape), x.stride(), x.dtype) for x in (*outputs, *gradients)]
+
+    mode = FakeTensorMode()
+    with mode:
+        fakes = run([mode.from_tensor(x) for x in tensors])
+    return run(tensors), fakes
+
+
+@pytest.mark.parametrize("layout, backend", [("zigzag", "torch"), ("contiguous", "torch"), ("zigzag", "triton")])
+def test_the_operators_over_ranks_are_what_they_say(ranks, layout, backend):
+    """Strides, too: compiled code reads what the fakes promise, such as the plan's table, which numpy lays out."""
+    for real, fakes in ranks(2, outputs_and_fakes, layout, backend):
+        assert real == fakes
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_shapes_without_numbers(backend):
+    """On the meta device, as in a dry run of a model."""
+    tensors = [x.to("meta").requires_grad_() for x in inputs(2, 300, 4, 2, 16)]
+    out = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), backend=backend)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert out.is_meta
+    assert out.shape == (2, 300, 4, 16)
+    assert [x.shape for x in gradients] == [x.shape for x in tensors]
+
+
+def test_transforms_see_the_operator():
+    """vmap goes through operators, one call for each part of the batch."""
+    tensors = inputs(2, 200, 2, 2, 16)
+    stacked = [x[:, None] for x in tensors]
+    assert torch.equal(torch.vmap(forgetting_attention)(*stacked)[:, 0], forgetting_attention(*tensors))
 
 
 def model_on_rank(rank, size, checkpointing):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,6 +293,23 @@ def test_jobs_share_no_names_on_a_node(tmp_path, monkeypatch):
     one, two = (Loader(folder, open_folder(folder), **options) for _ in range(2))
     assert one._loader.dataset._shm_prefix_int == 1_900_000_000
     assert 7 <= two._loader.dataset._shm_prefix_int < 1_000_000  # the first from 7 on that is free here
+
+
+def test_shared_memory_may_get_its_size_late():
+    """A rank that is held up between naming and sizing it must not end the others."""
+    import_streaming()
+    from streaming.base.shared import SharedMemory
+
+    name = f"foxdist{os.getpid()}"
+    path = Path("/dev/shm") / name
+    path.touch()
+    late = threading.Timer(0.5, lambda: os.truncate(path, 64))
+    late.start()
+    try:
+        assert SharedMemory(name, size=64).shm.size == 64
+    finally:
+        late.join()
+        path.unlink()
 
 
 def test_too_little_data_is_named(tmp_path):

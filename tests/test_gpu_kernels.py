@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,16 @@ def test_same_bits_every_run_and_without_pruning(backend):
         for acp in (None, Acp(log_eps=-1e30, logit_bound=99.0), Acp(log_eps=-math.inf, logit_bound=11.6))
     )
     assert all(torch.equal(a, b) for other in others for a, b in zip(off, other))
+
+
+@pytest.mark.parametrize("backend", FAMILIES)
+def test_parameters_and_numbers_of_any_kind(backend):
+    """What a kernel was compiled for is told by values and dtypes: 2 is not 2.0, and a parameter is a tensor."""
+    tensors = [x.cuda() for x in inputs(1, 300, 2, 2, 64, dtype=BF16)]
+    expected = forgetting_attention(*tensors, acp=Acp(), scale=2.0, backend=backend)
+    parameters = [torch.nn.Parameter(x) for x in tensors]
+    for scale in (2, np.float64(2.0), 2.0):
+        assert torch.equal(forgetting_attention(*parameters, acp=Acp(), scale=scale, backend=backend), expected)
 
 
 @pytest.mark.parametrize("backend", FAMILIES)

@@ -55,8 +55,8 @@ def attention(
     """(out, start, counts), of which out is differentiable. Arguments are checked already; `cp` has several ranks."""
     given = acp.logit_bound if acp else None
     by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
-    operator = _Attention.apply if not torch.compiler.is_compiling() and _is_plain(q) else _attention
-    out, _, _, _, start, _, _, counts = operator(
+    eager = not torch.compiler.is_compiling() and _is_plain(q, k, v, log_f, by_head)
+    out, _, _, _, start, _, _, counts = (_Attention.apply if eager else _attention)(
         q,
         k,
         v,
@@ -65,17 +65,21 @@ def attention(
         None if number is None else float(number),
         acp.log_eps if acp else None,
         acp.bound if acp else "",
-        scale,
+        float(scale),
         backend,
         cp.key if cp else "",
     )
     return out, start, counts
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether nothing watches what happens to x. Then functions are called, not operators: the dispatcher's way there
-    and back again takes a tenth of what a call costs on the host."""
-    return type(x) is torch.Tensor and not is_in_torch_dispatch_mode()
+def _is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing needs to see operators: no subclass, no meta tensor, no mode, no transform. Then functions are
+    called in their place: the dispatcher's way there and back again takes a tenth of what a call costs on the host."""
+    return (
+        all(x is None or (type(x) is torch.Tensor and not x.is_meta) for x in tensors)
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _forward(
@@ -100,8 +104,8 @@ def _forward(
     def compute() -> tuple[torch.Tensor, ...]:
         result, counts = ring.forward(q, k, v, log_f, call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
-        kept = result.out, result.lse2, result.c_in, result.base, result.start, result.schedule
-        return *(x.contiguous() for x in kept), need, counts
+        kept = result.out, result.lse2, result.c_in, result.base, result.start, result.schedule, need
+        return *(x.contiguous() for x in kept), counts
 
     with _as_written(q):
         return remember(compute)
@@ -165,7 +169,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
-            forward = _forward if _is_plain(inputs[0]) else _attention
+            forward = _forward if _is_plain(*inputs[:5]) else _attention
             out, *rest, counts = outputs = forward(*inputs)
         q, k, v, *_, ctx.scale, ctx.backend, ctx.cp = inputs
         ctx.save_for_backward(q, k, v, out, *rest)
@@ -178,8 +182,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
             return (None,) * 11
-        backward: Any = _backward if _is_plain(grad) else _attention_backward
-        gradients = backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.cp)
+        saved = ctx.saved_tensors
+        backward: Any = _backward if _is_plain(grad, *saved) else _attention_backward
+        gradients = backward(grad, *saved, ctx.scale, ctx.backend, ctx.cp)
         return *gradients, *(None,) * 7
 
 

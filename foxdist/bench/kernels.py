@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--length", type=positive, default=65536, metavar="T")
     add("--gates", default="acp", metavar="KIND|FILE", help=f"{', '.join(gate_kinds.REGIMES)}, or a file of `record`")
     add("--dtype", choices=DTYPES, default="bf16")
-    add("--backend", choices=BACKENDS, default="auto")
+    add("--backend", choices=[name for name in BACKENDS if name != "torch"], default="auto")
     add("--measured-bound", action="store_true", help="find the bound on the logits from q and k in every call")
 
 
@@ -62,6 +62,10 @@ def run(chosen: argparse.Namespace) -> int:
     inputs = make_inputs(case, gate_kinds.find(chosen.gates), 0)
     inputs = inputs._replace(acp=Acp()) if chosen.measured_bound else inputs
     forward, both, stats = bind(inputs, chosen.backend)
+    if stats.backend == "torch":
+        raise ValueError(
+            f"kernels: attention has none for this ({stats.reason}); must have; change --head-dim or --dtype"
+        )
     name, sms = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).multi_processor_count
     print(
         f"{name}, {stats.backend}, {case.shape}, {case.length:,} tokens, {chosen.dtype}, gates {chosen.gates}, ", end=""

@@ -78,7 +78,7 @@ def search(dim: int, chosen: argparse.Namespace) -> str:
 
 def candidates(like: Any, dim: int, dtype: torch.dtype) -> list[Any]:
     """Tiles of all sizes worth a try, with nothing capped."""
-    sizes = (32, 64) if dim > 128 or dtype == torch.float32 else (64, 128)
+    sizes = (32, 64) if dim > 128 else (32, 64, 128) if dtype == torch.float32 else (64, 128)
     plain = {f.name: f.default for f in fields(like) if f.default is not MISSING}
     return [
         replace(like, rows=rows, columns=columns, warps=warps, stages=stages, **plain)

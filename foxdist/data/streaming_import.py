@@ -7,11 +7,14 @@ those two is all it takes.
 
 import itertools
 import logging
+import time
 from functools import partial
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import torch
 
+SECONDS_TO_SIZE = 60.0
 _library: torch.library.Library | None = None  # the declarations live as long as this object
 
 
@@ -25,9 +28,32 @@ def import_streaming() -> Any:
                 _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import streaming
 
+    _wait_for_the_size()
     # It warns at every start that `replication` needs care when resuming; loader.py takes it, and a test shows it.
     logging.getLogger("streaming").setLevel(logging.ERROR)
     return streaming
+
+
+def _wait_for_the_size() -> None:
+    """Makes streaming wait for shared memory that another rank has named but not sized yet.
+
+    It allows 7 ms for that, too little on a busy node, and fails with "cannot mmap an empty file".
+    """
+    from streaming.base.shared import memory
+
+    assert callable(memory.BuiltinSharedMemory)  # private: a release without it must not go unnoticed
+    memory.BuiltinSharedMemory = _open_shared_memory
+
+
+def _open_shared_memory(name: str | None, create: bool, size: int) -> SharedMemory:
+    deadline = time.monotonic() + SECONDS_TO_SIZE
+    while True:
+        try:
+            return SharedMemory(name, create, size)
+        except ValueError as error:
+            if create or "empty file" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def number_shared_memory_from(start: int) -> None:

@@ -62,7 +62,8 @@ HOPPER = {
 }
 
 # The same in float32: 8 heads, T=16384, 30 % of the tiles kept; ms. Products in tensor cores, as three of tf32: without
-# them, 32x32 w8 took 13.6 and 58 ms forward and backward at D=64, 26.8 and 272 at D=128.
+# them, 32x32 w8 took 13.6 and 58 ms forward and backward at D=64, 26.8 and 272 at D=128. What spills is not what loses:
+# dK/dV and dQ at D=128 spill 4,440 and 2,496 bytes, and the others that were timed are slower.
 HOPPER_FLOAT32 = {
     64: Tiles(
         forward=Tile(64, 64, 4, 1),  # 1.74; 128x32 w8 2.01, 32x64 w4 2.10, 64x64 w8 3.47
@@ -114,7 +115,8 @@ GLUON = {
 # - A schedule in one tensor, its pointers found in the kernel, costs dK/dV at D=128 150 bytes more of spills and no
 #   time; each piece of work handed over in shared memory, and read again at its end there, dense 29.2 to 28.7. The
 #   same in the forward kernel: 13.8 to 14.6 dense, by another order of instructions.
-# - Vectors read after the wait and not before: bytes spilled at D=128 from 592 to 344 (dK/dV) and 352 to 132 (dQ).
+# - Vectors read after the wait and not before: bytes spilled at D=128 from 592 to 344 (dK/dV) and 352 to 132 (dQ)
+#   before the one schedule, which made them 500 and 212.
 
 
 def capability(device: torch.device) -> tuple[int, int]:

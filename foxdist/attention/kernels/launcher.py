@@ -24,8 +24,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """kernel[grid](*arguments, **constants), on the current device.
 
     arguments: all that the kernel takes by value or pointer, in its order; descriptors have a `kind` (see operands.py).
-    constants: its constexprs, which come last in its order, and launch options such as num_warps. Of one kernel always
-    the same names in the same order.
+    constants: its constexprs, which come last in its order, and launch options such as num_warps: of one kernel always
+    in the same order, options that may be missing last.
     """
     if _INTERPRETED:
         kernel[grid](*arguments, **constants)
@@ -33,12 +33,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     key: list[Any] = [kernel, torch.cuda.current_device(), *constants.values()]
     values: list[Any] = []
     for x in arguments:
-        if type(x) is torch.Tensor:
+        if isinstance(x, torch.Tensor):
             pointer = x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
             key += x.dtype, pointer & 15
             values.append(pointer)
         else:
-            key.append(x if x is None or type(x) in (int, float) else x.kind)
+            if type(x) is float:
+                key.append((float, x))  # 2.0 is not 2
+            else:
+                key.append(x if x is None or type(x) is int else x.kind)
             values.append(x)
     known = _compiled.get(tuple(key))
     if known is not None:

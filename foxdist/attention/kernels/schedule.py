@@ -13,7 +13,8 @@ from foxdist.attention.pages import BlockTable
 from foxdist.attention.queries import Queries
 
 LANES = 128  # positions of one program
-HEADS = 64  # heads that are ordered at a time
+HEADS = 64  # heads that are compared at a time
+GROUP = 256  # heads that are ordered among each other: more have so much work that a tail at their end is nothing
 
 
 def schedule_size(rows: int, heads: int, kv_heads: int, count: int, slots: int) -> int:
@@ -33,7 +34,7 @@ def make_schedule(queries: Queries, table: BlockTable) -> torch.Tensor:
     launch(_schedule, (rows * (heads + kv_heads), cdiv(max(count, slots), LANES)),
         queries.start.contiguous(), queries.blocks, table.block.contiguous(), queries.base, words,
         rows * heads, rows * kv_heads, count, slots, queries.base.shape[-1] - 1, max(count, slots).bit_length(),
-        LANES=LANES, HEADS=HEADS,
+        LANES=LANES, HEADS=HEADS, GROUP=GROUP,
     )  # fmt: skip
     return words
 
@@ -43,11 +44,11 @@ def parts(words_ptr, heads, kv_heads, count, slots):
 
     query_base [heads, n] and slot_base [heads, S] float64: of each query block, and of the block in each slot.
     first_slot, last_slot [heads, n], first_query, last_query [heads, S] int32: whom they meet, both included; last <
-    first where that is nobody. query_heads [heads], slot_heads [kv_heads] int32: those with most tiles first. Work is
-    taken in this order, head by head, so that no long piece is left to run alone at the end and those that run together
-    read the same K and V. taken [3] int32: pieces of work that the forward, the dK/dV and the dQ kernel have taken, 0
-    unless the kernel is running. counts [heads + kv_heads + 1] int32: tiles of each head, and programs that have
-    counted theirs.
+    first where that is nobody. query_heads [heads], slot_heads [kv_heads] int32: of each GROUP, those with most tiles
+    first. Work is taken in this order, head by head, so that no long piece is left to run alone at the end and those
+    that run together read the same K and V. taken [3] int32: pieces of work that the forward, the dK/dV and the dQ
+    kernel have taken, 0 unless the kernel is running. counts [heads + kv_heads + 1] int32: tiles of each head, and
+    programs that have counted theirs.
     """
     of_queries, of_slots = heads * count, heads * slots
     query_base = words_ptr.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -87,7 +88,7 @@ def _count_below(sorted_ptr, size, value, steps, LANES: tl.constexpr, INCLUSIVE:
 @triton.jit(do_not_specialize=["heads", "kv_heads", "count", "slots", "total", "steps"])
 def _schedule(
     start_ptr, blocks_ptr, block_ptr, base_ptr, words_ptr, heads, kv_heads, count, slots, total, steps,
-    LANES: tl.constexpr, HEADS: tl.constexpr,
+    LANES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Programs of query heads, then of K/V heads; each a piece of LANES positions. The last to end orders the heads."""
     (
@@ -138,21 +139,23 @@ def _schedule(
     # One thread counts for a program, and releases what that thread wrote, which is all that is read below.
     counted = tl.atomic_add(counts + heads + kv_heads, 1)
     if counted == tl.num_programs(0) * tl.num_programs(1) - 1:
-        _order(counts, query_heads, heads, HEADS)
-        _order(counts + heads, slot_heads, kv_heads, HEADS)
+        _order(counts, query_heads, heads, HEADS, GROUP)
+        _order(counts + heads, slot_heads, kv_heads, HEADS, GROUP)
 
 
 @triton.jit
-def _order(cost_ptr, order_ptr, size, HEADS: tl.constexpr):
-    """Each head goes where as many heads stand before it as have more work, or as much and a lower number."""
+def _order(cost_ptr, order_ptr, size, HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Each head goes where as many heads of its group stand before it as have more work, or as much and a lower number.
+    Groups stay in their order, so that the time of this one program does not grow with the square of the heads."""
     for begin in range(0, size, HEADS):
         head = begin + tl.arange(0, HEADS)
         cost = tl.load(cost_ptr + head, mask=head < size, other=0)
         place = tl.zeros([HEADS], tl.int32)
-        for other_begin in range(0, size, HEADS):
+        group = begin // GROUP * GROUP
+        for other_begin in range(group, tl.minimum(group + GROUP, size), HEADS):
             other = other_begin + tl.arange(0, HEADS)
             theirs = tl.load(cost_ptr + other, mask=other < size, other=0)
             more = theirs[None, :] > cost[:, None]
             earlier = (theirs[None, :] == cost[:, None]) & (other[None, :] < head[:, None])
             place += tl.sum(((more | earlier) & (other < size)[None, :]).to(tl.int32), 1)
-        tl.store(order_ptr + place, head, mask=head < size)
+        tl.store(order_ptr + group + place, head, mask=head < size)

@@ -274,7 +274,6 @@ def _backward_q(
     end = (last + 1) * TILES
     if OWN:
         end = (last * BLOCK + part * ROWS) // COLUMNS
-    if OWN:
         own_page = tl.load(pages + last)
         for tile in tl.range(end, end + tl.cdiv(part * ROWS % COLUMNS + ROWS, COLUMNS)):
             dq, sums = _meet_keys(
