@@ -9,6 +9,7 @@ One rank or many, CPU or GPU, the file and its options are the same. Running the
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -127,6 +128,12 @@ def check_before_start(config: Config, world: int) -> None:
     if config.parallel.transport == "nccl" and not torch.cuda.is_available():
         raise ConfigError(
             "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and not shutil.which(compiler):
+        raise ConfigError(
+            f"train.compile=true: torch.compile needs a C++ compiler, and {compiler} is not found; must be there; install "
+            "it, name another in the environment variable CXX, or set train.compile=false"
         )
     if config.model.backend != "auto":
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -198,11 +198,13 @@ def test_a_non_finite_number_stops_every_rank_before_the_update(ranks, data, tmp
         ({"metrics__wandb": "online"}, [], ["metrics.wandb=online", "wandb login"]),
         ({"parallel__transport": "nccl"}, [], ["parallel.transport=nccl", "finds none"]),
         ({"model__backend": "gluon"}, [], ["model.backend='gluon'", "Hopper"]),
+        ({"train__compile": True}, [], ["train.compile=true", "no-such-compiler is not found"]),
     ],
 )
 def test_mistakes_end_before_anything_starts(data, tmp_path, monkeypatch, capsys, changes, overrides, words):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.setenv("CXX", "no-such-compiler")
     config = write_yaml(tmp_path, tree(data, tmp_path / "run", **changes))
     assert training.main(["--config", str(config), *overrides]) == 2
     said = capsys.readouterr().err
