@@ -132,8 +132,8 @@ def check_before_start(config: Config, world: int) -> None:
     compiler = os.environ.get("CXX", "g++")
     if config.train.compile and not shutil.which(compiler):
         raise ConfigError(
-            f"train.compile=true: torch.compile needs a C++ compiler, and {compiler} is not found; must be there; install "
-            "it, name another in the environment variable CXX, or set train.compile=false"
+            f"train.compile=true: torch.compile needs a C++ compiler, and {compiler} is not found; must be there; "
+            "install it, name another in the environment variable CXX, or set train.compile=false"
         )
     if config.model.backend != "auto":
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
