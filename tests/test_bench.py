@@ -92,7 +92,7 @@ def test_the_boundary_written_down_twice_is_one():
     start = gate_kinds.first_kept(inputs.log_f[0].T.double().cumsum(-1), delta)
     assert torch.equal(start, stats.start[0].long())
     assert 0.3 < gate_kinds.kept_share(start) < 0.9
-    assert measure.kept(inputs, "paper") == pytest.approx(gate_kinds.kept_share(start))
+    assert measure.kept(measure.counted(inputs, "paper")) == pytest.approx(gate_kinds.kept_share(start))
 
 
 def test_regimes_are_what_they_say():
@@ -125,7 +125,7 @@ def test_rates_count_what_the_times_took(monkeypatch):
     implementation = implementations.registry("paper")["foxdist-torch"]
     times = iter([[2.0, 1.0, 3.0], [8.0, 7.0, 9.0]])
     monkeypatch.setattr(measure, "milliseconds", lambda call, device: next(times))
-    monkeypatch.setattr(measure, "kept", lambda inputs, bound: 0.25)
+    monkeypatch.setattr(measure, "kept", lambda stats: 0.25)
     row = measure.measure(implementation, case, gates, 1, "paper")
     flops = 2 * 2 * 2 * 16 * 512**2 / 2
     assert (row["forward(ms)"], row["forward_least(ms)"], row["forward_greatest(ms)"]) == (2, 1, 3)

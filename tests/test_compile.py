@@ -22,6 +22,8 @@ from runs import tree, write_data
 # in which two large parts cancel, shows their rounding most: as in test_attention.py.
 ROUNDING = {"aot_eager": 1e-6, "inductor": 1e-4}
 
+needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -117,7 +119,7 @@ def test_a_compiled_model_is_the_model(options, checkpointing):
     assert eager[2] == {"forward": 4, "backward": 4, "swaps": 0}, "two layers, two steps, nothing twice"
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@needs_gxx
 def test_inductor_compiles_the_model(monkeypatch):
     monkeypatch.undo()  # inductor's own passes use torch.empty, and expect no fill in it
     config = small(layers=1)

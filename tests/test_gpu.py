@@ -1,11 +1,9 @@
 """The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
 
-import shutil
-
 import pytest
 import torch
 import torch.distributed as dist
-from test_compile import ROUNDING, compare, whole_model
+from test_compile import ROUNDING, compare, needs_gxx, whole_model
 from test_model import batch, small
 from test_train import curves
 
@@ -37,13 +35,10 @@ def gradients_on_gpu(fn, tensors):
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
 
 
-NEEDS_GXX = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-
-
 @needs_gpu
 @pytest.mark.parametrize("hidden", [32, 128], ids=["torch", "kernels"])  # heads of 8 have no kernel, of 32 they do
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_GXX)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gxx)])
 def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidden):
     monkeypatch.undo()  # inductor's own passes use torch.empty, and expect no fill in it
     torch._dynamo.reset()

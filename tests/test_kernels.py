@@ -370,7 +370,7 @@ def test_what_has_no_kernel_is_refused(family, dim, word):
 @pytest.mark.parametrize("seed", range(4))
 def test_schedule_is_what_brute_force_finds(seed, monkeypatch):
     monkeypatch.setattr(schedules, "HEADS", 2)  # several pieces, and
-    monkeypatch.setattr(schedules, "GROUP", 4)  # two groups of query heads
+    monkeypatch.setattr(schedules, "ORDERED", 4)  # two groups of query heads
     g = torch.Generator().manual_seed(seed)
     rows, heads, kv_heads, total = 2, 4, 2, 300
     blocks = torch.randperm(total, generator=g)[:150].sort().values

@@ -66,7 +66,7 @@ def run(chosen: argparse.Namespace) -> int:
     gates = gate_kinds.find(chosen.gates or ("acp" if device.type == "cuda" else "local"))
     dtype = chosen.dtype or ("bf16" if device.type == "cuda" else "fp32")
     shapes, lengths = _shapes(chosen), chosen.lengths or LENGTHS[device.type]
-    _check_gates(gates, shapes, lengths)
+    check_gates(gates, shapes, lengths)
     implementations, named = _implementations(chosen, device)
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
@@ -117,14 +117,20 @@ def _shapes(chosen: argparse.Namespace) -> list[Shape]:
             heads, dim = map(positive, part.split("x"))
         except (ValueError, argparse.ArgumentTypeError):
             raise ValueError(f"--shapes {part}: not a shape; must be HEADSxDIM; for example 16x64,8x128") from None
-        kv_heads = chosen.kv_heads or heads
-        if heads % kv_heads:
-            raise ValueError(f"--kv-heads {kv_heads}: does not divide {heads} query heads; must do so; change one")
-        found.append(Shape(heads, kv_heads, dim))
+        found.append(make_shape(heads, chosen.kv_heads, dim))
     return found
 
 
-def _check_gates(gates: Gates, shapes: list[Shape], lengths: list[int]) -> None:
+def make_shape(heads: int, kv_heads: int | None, dim: int) -> Shape:
+    """Of the options; as many K/V heads as query heads if it is not said. Raises `ValueError`."""
+    kv_heads = kv_heads or heads
+    if heads % kv_heads:
+        raise ValueError(f"--kv-heads {kv_heads}: does not divide {heads} query heads; must do so; change one")
+    return Shape(heads, kv_heads, dim)
+
+
+def check_gates(gates: Gates, shapes: list[Shape], lengths: list[int]) -> None:
+    """Raises `ValueError` for gates that were not recorded for these."""
     for shape in shapes:
         if gates.heads not in (None, shape.heads):
             raise ValueError(

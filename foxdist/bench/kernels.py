@@ -14,10 +14,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from foxdist.attention import Acp, AttentionStats, forgetting_attention
+from foxdist.attention import Acp, AttentionStats
+from foxdist.attention.acp import BOUNDS
 from foxdist.attention.backends import BACKENDS
 from foxdist.bench import gates as gate_kinds
-from foxdist.bench.measure import DTYPES, Case, Inputs, Shape, make_inputs
+from foxdist.bench.attention import check_gates, make_shape
+from foxdist.bench.implementations import foxdist
+from foxdist.bench.measure import DTYPES, Case, bind, counted, kept, make_inputs
 from foxdist.options import positive
 
 ATTENTION = {"forward_kernel", "_forward"}  # of Gluon, of Triton
@@ -55,42 +58,24 @@ def run(chosen: argparse.Namespace) -> int:
     """Prints the table. Raises `ValueError` where there is no GPU, and for a mistake in the options."""
     if not torch.cuda.is_available():
         raise ValueError("kernels: torch finds no GPU; must run on one; run it there")
-    shape = Shape(chosen.heads, chosen.kv_heads or chosen.heads, chosen.head_dim)
-    if shape.heads % shape.kv_heads:
-        raise ValueError(f"--kv-heads {shape.kv_heads}: does not divide {shape.heads} heads; must do so; change one")
+    gates = gate_kinds.find(chosen.gates)
+    shape = make_shape(chosen.heads, chosen.kv_heads, chosen.head_dim)
+    check_gates(gates, [shape], [chosen.length])
     case = Case(shape, chosen.length, DTYPES[chosen.dtype], torch.device("cuda"))
-    inputs = make_inputs(case, gate_kinds.find(chosen.gates), 0)
+    inputs = make_inputs(case, gates, 0)
     inputs = inputs._replace(acp=Acp()) if chosen.measured_bound else inputs
-    forward, both, stats = bind(inputs, chosen.backend)
+    stats = counted(inputs, BOUNDS[0], chosen.backend)
     if stats.backend == "torch":
         raise ValueError(
             f"kernels: attention has none for this ({stats.reason}); must have; change --head-dim or --dtype"
         )
+    forward, both = bind(foxdist(chosen.backend, BOUNDS[0]), inputs)
+    both()  # compiles
     name, sms = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).multi_processor_count
-    print(
-        f"{name}, {stats.backend}, {case.shape}, {case.length:,} tokens, {chosen.dtype}, gates {chosen.gates}, ", end=""
-    )
-    print(f"{100 * stats.tiles_kept / stats.tiles_causal:.1f} % of the tiles kept; mean of {CALLS} calls")
+    print(f"{name}, {stats.backend}, {shape}, {chosen.length:,} tokens, {chosen.dtype}, gates {gates.name}, ", end="")
+    print(f"{100 * kept(stats):.1f} % of the tiles kept; mean of {CALLS} calls")
     print("\n".join(table(spent(forward), spent(both), tails(stats, sms))))
     return 0
-
-
-def bind(inputs: Inputs, backend: str) -> tuple[Callable[[], Any], Callable[[], Any], AttentionStats]:
-    """Forward, forward with backward, and what the call keeps; both have run, so that all kernels are compiled."""
-    leaves = [x.clone().requires_grad_() for x in inputs[:4]]
-
-    def forward() -> torch.Tensor:
-        out = forgetting_attention(*leaves, acp=inputs.acp, backend=backend)
-        assert isinstance(out, torch.Tensor)
-        return out
-
-    def both() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(forward(), leaves, inputs.grad)
-
-    both()
-    stats = forgetting_attention(*inputs[:4], acp=inputs.acp, backend=backend, return_stats=True)[1]
-    assert isinstance(stats, AttentionStats)
-    return forward, both, stats
 
 
 def spent(call: Callable[[], Any]) -> dict[str, Spent]:

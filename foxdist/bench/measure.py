@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from foxdist.attention import Acp, forgetting_attention, naive_forgetting_attention
+from foxdist.attention import Acp, AttentionStats, forgetting_attention, naive_forgetting_attention
 from foxdist.bench.gates import Gates
 from foxdist.bench.implementations import Implementation, direct
 
@@ -143,13 +143,17 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def kept(inputs: Inputs, bound: str) -> float:
-    """The share of the causal tiles that foxdist keeps of these inputs under `bound`."""
+def counted(inputs: Inputs, bound: str, backend: str = "auto") -> AttentionStats:
+    """What foxdist keeps of these inputs under `bound`."""
     acp = replace(inputs.acp, bound=bound)  # type: ignore[arg-type]
     with torch.no_grad():
-        found = forgetting_attention(*inputs[:4], acp=acp, return_stats=True)
+        found = forgetting_attention(*inputs[:4], acp=acp, backend=backend, return_stats=True)
     assert isinstance(found, tuple)
-    stats = found[1]
+    return found[1]
+
+
+def kept(stats: AttentionStats) -> float:
+    """The share of the causal tiles that were computed."""
     return stats.tiles_kept / stats.tiles_causal
 
 
@@ -168,7 +172,7 @@ def measure(implementation: Implementation, case: Case, gates: Gates, repeats: i
             ready.both()  # compiles
             memory = peak_memory(ready.both, case.device)
         if seed < gates.layers and implementation.prunes:
-            shares.append(kept(inputs, bound if implementation.ours else "paper"))
+            shares.append(kept(counted(inputs, bound if implementation.ours else "paper")))
         forward[seed % gates.layers] += milliseconds(ready.forward, case.device)
         both[seed % gates.layers] += milliseconds(ready.both, case.device)
     share = statistics.mean(shares) if shares else 1.0

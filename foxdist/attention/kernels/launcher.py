@@ -34,16 +34,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     values: list[Any] = []
     for x in arguments:
         if isinstance(x, torch.Tensor):
-            pointer = x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
-            key += x.dtype, pointer & 15
-            values.append(pointer)
+            dtype, x = x.dtype, x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
+            key += dtype, x & 15
+        elif type(x) is float:
+            key.append((float, x))  # 2.0 is not 2
         else:
-            if type(x) is float:
-                key.append((float, x))  # 2.0 is not 2
-            else:
-                key.append(x if x is None or type(x) is int else x.kind)
-            values.append(x)
-    known = _compiled.get(tuple(key))
+            key.append(x if x is None or type(x) is int else x.kind)
+        values.append(x)
+    variant = tuple(key)
+    known = _compiled.get(variant)
     if known is not None:
         compiled, last = known
         compiled[(*grid, 1, 1)[:3]](*values, *last)
@@ -51,4 +50,4 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if len(_compiled) >= _MOST:
         _compiled.clear()
     compiled = kernel[grid](*arguments, **constants)
-    _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    _compiled[variant] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])

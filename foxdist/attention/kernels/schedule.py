@@ -14,7 +14,7 @@ from foxdist.attention.queries import Queries
 
 LANES = 128  # positions of one program
 HEADS = 64  # heads that are compared at a time
-GROUP = 256  # heads that are ordered among each other: more have so much work that a tail at their end is nothing
+ORDERED = 256  # heads that are ordered among each other: more have so much work that a tail at their end is nothing
 
 
 def schedule_size(rows: int, heads: int, kv_heads: int, count: int, slots: int) -> int:
@@ -34,7 +34,7 @@ def make_schedule(queries: Queries, table: BlockTable) -> torch.Tensor:
     launch(_schedule, (rows * (heads + kv_heads), cdiv(max(count, slots), LANES)),
         queries.start.contiguous(), queries.blocks, table.block.contiguous(), queries.base, words,
         rows * heads, rows * kv_heads, count, slots, queries.base.shape[-1] - 1, max(count, slots).bit_length(),
-        LANES=LANES, HEADS=HEADS, GROUP=GROUP,
+        LANES=LANES, HEADS=HEADS, ORDERED=ORDERED,
     )  # fmt: skip
     return words
 
@@ -44,7 +44,7 @@ def parts(words_ptr, heads, kv_heads, count, slots):
 
     query_base [heads, n] and slot_base [heads, S] float64: of each query block, and of the block in each slot.
     first_slot, last_slot [heads, n], first_query, last_query [heads, S] int32: whom they meet, both included; last <
-    first where that is nobody. query_heads [heads], slot_heads [kv_heads] int32: of each GROUP, those with most tiles
+    first where that is nobody. query_heads [heads], slot_heads [kv_heads] int32: of each ORDERED, those with most tiles
     first. Work is taken in this order, head by head, so that no long piece is left to run alone at the end and those
     that run together read the same K and V. taken [3] int32: pieces of work that the forward, the dK/dV and the dQ
     kernel have taken, 0 unless the kernel is running. counts [heads + kv_heads + 1] int32: tiles of each head, and
@@ -88,21 +88,12 @@ def _count_below(sorted_ptr, size, value, steps, LANES: tl.constexpr, INCLUSIVE:
 @triton.jit(do_not_specialize=["heads", "kv_heads", "count", "slots", "total", "steps"])
 def _schedule(
     start_ptr, blocks_ptr, block_ptr, base_ptr, words_ptr, heads, kv_heads, count, slots, total, steps,
-    LANES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    LANES: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """Programs of query heads, then of K/V heads; each a piece of LANES positions. The last to end orders the heads."""
-    (
-        query_base_ptr,
-        slot_base_ptr,
-        first_slot,
-        last_slot,
-        first_query,
-        last_query,
-        query_heads,
-        slot_heads,
-        _,
-        counts,
-    ) = schedule_parts(words_ptr, heads, kv_heads, count, slots)
+    query_base, slot_base, first_slot, last_slot, first_query, last_query, query_heads, slot_heads, _, counts = (
+        schedule_parts(words_ptr, heads, kv_heads, count, slots)
+    )  # fmt: skip
     group = heads // kv_heads
     program = tl.program_id(0)
     place = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -118,7 +109,7 @@ def _schedule(
         tl.store(first_slot + head * count + place, first, mask=real)
         tl.store(last_slot + head * count + place, last, mask=real)
         base = tl.load(base_ptr + head.to(tl.int64) * (total + 1) + block, mask=real, other=0.0)
-        tl.store(query_base_ptr + head * count + place, base, mask=real)
+        tl.store(query_base + head * count + place, base, mask=real)
         tiles += tl.where(real, tl.maximum(last - first + 1, 0), 0)
     else:
         kv_head = program - heads
@@ -133,29 +124,29 @@ def _schedule(
             tl.store(first_query + head * slots + place, first, mask=real)
             tl.store(last_query + head * slots + place, last, mask=real)
             base = tl.load(base_ptr + head.to(tl.int64) * (total + 1) + block, mask=used, other=0.0)
-            tl.store(slot_base_ptr + head * slots + place, base, mask=real)
+            tl.store(slot_base + head * slots + place, base, mask=real)
             tiles += tl.where(real, tl.maximum(last - first + 1, 0), 0)
     tl.atomic_add(counts + program, tl.sum(tiles, 0))  # of integers: the same in any order
     # One thread counts for a program, and releases what that thread wrote, which is all that is read below.
     counted = tl.atomic_add(counts + heads + kv_heads, 1)
     if counted == tl.num_programs(0) * tl.num_programs(1) - 1:
-        _order(counts, query_heads, heads, HEADS, GROUP)
-        _order(counts + heads, slot_heads, kv_heads, HEADS, GROUP)
+        _order(counts, query_heads, heads, HEADS, ORDERED)
+        _order(counts + heads, slot_heads, kv_heads, HEADS, ORDERED)
 
 
 @triton.jit
-def _order(cost_ptr, order_ptr, size, HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """Each head goes where as many heads of its group stand before it as have more work, or as much and a lower number.
-    Groups stay in their order, so that the time of this one program does not grow with the square of the heads."""
+def _order(cost_ptr, order_ptr, size, HEADS: tl.constexpr, ORDERED: tl.constexpr):
+    """Each head goes where as many of its ORDERED stand before it as have more work, or as much and a lower number.
+    These stay in their order, so that the time of this one program does not grow with the square of the heads."""
     for begin in range(0, size, HEADS):
         head = begin + tl.arange(0, HEADS)
         cost = tl.load(cost_ptr + head, mask=head < size, other=0)
         place = tl.zeros([HEADS], tl.int32)
-        group = begin // GROUP * GROUP
-        for other_begin in range(group, tl.minimum(group + GROUP, size), HEADS):
+        first = begin // ORDERED * ORDERED
+        for other_begin in range(first, tl.minimum(first + ORDERED, size), HEADS):
             other = other_begin + tl.arange(0, HEADS)
             theirs = tl.load(cost_ptr + other, mask=other < size, other=0)
             more = theirs[None, :] > cost[:, None]
             earlier = (theirs[None, :] == cost[:, None]) & (other[None, :] < head[:, None])
             place += tl.sum(((more | earlier) & (other < size)[None, :]).to(tl.int32), 1)
-        tl.store(order_ptr + group + place, head, mask=head < size)
+        tl.store(order_ptr + first + place, head, mask=head < size)
