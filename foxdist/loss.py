@@ -52,7 +52,8 @@ class _CrossEntropySum(torch.autograd.Function):
             real = y != IGNORE
             index = y.masked_fill(~real, 0)[:, None]
             lse = logits.logsumexp(-1, keepdim=True)
-            loss += ((lse - logits.gather(1, index)).squeeze(1) * real).sum()
+            # Not in place: torch.compile of torch 2.11 gives a result that was changed in place no gradient.
+            loss = loss + ((lse - logits.gather(1, index)).squeeze(1) * real).sum()
             if learn:
                 d_logits = logits.sub_(lse).exp_()
                 d_logits.scatter_add_(1, index, -torch.ones_like(lse))
