@@ -51,7 +51,10 @@ class FloatLinear(nn.Linear):
     """A linear map computed in float32 whatever its parameters' dtype: for gates, whose logits are exponentiated."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        y = F.linear(x.float(), self.weight.float())
+        # The bias on its own: ZeRO-3 replaces F.linear, and its own adds a bias in place, after which torch.compile of
+        # torch 2.11 gives weight and bias no gradient.
+        return y if self.bias is None else y + self.bias.float()
 
 
 class Attention(nn.Module):
