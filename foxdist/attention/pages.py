@@ -50,4 +50,5 @@ class BlockTable(NamedTuple):
 def own_table(rows: int, heads: int, blocks: torch.Tensor) -> BlockTable:
     """The table of a rank's own pool. blocks: [n] global indices of the blocks it owns, ascending."""
     pages = torch.arange(rows * heads * len(blocks), dtype=torch.int32, device=blocks.device)
-    return BlockTable(blocks.int().expand(rows, heads, -1), pages.view(rows, heads, -1))
+    # Contiguous, as kernels read it: made once, and not copied in every call.
+    return BlockTable(blocks.int().expand(rows, heads, -1).contiguous(), pages.view(rows, heads, -1))
