@@ -52,8 +52,8 @@ class FloatLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x.float(), self.weight.float())
-        # The bias on its own: ZeRO-3 replaces F.linear, and its own adds a bias in place, after which torch.compile of
-        # torch 2.11 gives weight and bias no gradient.
+        # The bias on its own: DeepSpeed's ZeRO-3 leaves its own F.linear behind in a process, which adds a bias in
+        # place, and torch.compile of torch 2.11 then gives weight and bias no gradient.
         return y if self.bias is None else y + self.bias.float()
 
 

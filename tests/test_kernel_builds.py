@@ -26,7 +26,7 @@ SPILLED_GLUON = {"forward_kernel": 260, "q_kernel": 450, "kv_kernel": 700}
 SPILLED_FLOAT32 = 5000
 # Tiles that nobody measured have up to 580; some that were not chosen have 10,000 and live in local memory.
 SPILLED_FITS = 1000
-SPILLED_GATES = 8  # _boundary on sm_80 has 4 with the ptxas of Triton 3.6
+SPILLED_GATES = {"_boundary": 4}  # on sm_80, with the ptxas of Triton 3.6; no other kernel around attention spills
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
 
 
@@ -168,7 +168,8 @@ def test_kernels_compile_and_keep_to_their_registers(architecture, tmp_path, rec
         print(*kernel.values())
         assert kernel["shared"] <= SHARED[architecture], kernel
         assert not (kernel["gluon"] and kernel["notes"]), "ptxas puts products in a row that should overlap"
-        limits = {"fits": SPILLED_FITS, "measured in float32": SPILLED_FLOAT32, "gates": SPILLED_GATES}
+        gates = SPILLED_GATES.get(kernel["kernel"], 0)
+        limits = {"fits": SPILLED_FITS, "measured in float32": SPILLED_FLOAT32, "gates": gates}
         limit = SPILLED_GLUON[kernel["kernel"]] if kernel["gluon"] else limits.get(kernel["kind"], SPILLED)
         assert kernel["spilled"] <= limit, kernel
     names = {kernel["kernel"] for kernel in kernels}
