@@ -105,7 +105,8 @@ class AcpSection(Section):
     enabled: bool = True
     log_eps: float = Field(-10.0, lt=0)
     """Natural log of the attention weight that any query may lose."""
-    bound: Literal["paper"] = "paper"
+    bound: Literal["paper", "tight"] = "paper"
+    """The rule that proves it: as published, or from q and k themselves, which prunes more (attention/tight.py)."""
 
 
 class Optim(Section):

@@ -229,11 +229,13 @@ def test_gate_gradient_of_one_rank_among_others():
 def test_both_sides_of_the_door_agree():
     log_f = log_gates("mixed", 1300, 3, 0)
     options = Acp()
-    calls = (log_f, options, torch.tensor([1.0, 9.0, 40.0], device=DEVICE).double(), 1300, torch.bfloat16, lambda x: x)
+    bounds = torch.tensor([1.0, 9.0, 40.0], device=DEVICE).double()
+    q = torch.zeros(2, 1300, 3, 16, device=DEVICE, dtype=torch.bfloat16)
+    calls = (q, q, log_f, options, bounds, 0.25, 1300, lambda x: x)
     result = boundary.find_boundary(*calls, "triton")
     c_in = definition.block_sums(log_f)
     table = definition.block_table(c_in)
-    _, (base, start, bounded) = found(table, options, calls[2], 1300, torch.bfloat16)
+    _, (base, start, bounded) = found(table, options, bounds, 1300, torch.bfloat16)
     for x, reference in zip(result, (c_in, base, start, bounded)):
         same(x, reference)
     assert bounded.tolist() == [[1, 1, 0]] * 2

@@ -56,7 +56,7 @@ def tile_calls(family, dim, dtype, heads=2, borrowed=True):
 
 def gate_calls():
     """The small kernels around attention, of one block and of several."""
-    from foxdist.attention.kernels import gates, norms
+    from foxdist.attention.kernels import gates, norms, tight
 
     for length in (100, 1000):
         log_f = torch.zeros(1, length, 2)
@@ -69,6 +69,12 @@ def gate_calls():
         for dim in (40, 64):
             q = torch.zeros(1, length, 2, dim, dtype=BF16)
             norms.largest_norms(q, q)
+        c_in, table = gates.block_sums(log_f, tight.SCORES)
+        for dim in (40, 64, 128, 256):
+            q = torch.zeros(1, length, 2, dim, dtype=BF16)
+            tight.block_scores(q, q, c_in, 0.1, table)
+        for bound in (None, 4.0, torch.ones(1, 2).double()):
+            tight.boundary(table, bound, -10.0, 80.0)
 
 
 CALLS = [

@@ -56,6 +56,8 @@ CASES = [
     (2, ("harsh", 2), "zigzag", "ring", Acp(logit_bound=4.0)),
     (3, ("one dead", 4), "contiguous", "ring", Acp(log_eps=-5.0)),
     (2, ("open", 2, LENGTH, (0, 700, 1024)), "zigzag", "gather", Acp(logit_bound=4.0)),
+    (3, ("mixed", 2), "zigzag", "ring", Acp(bound="tight", logit_bound=4.0)),
+    (2, ("mild", 4, LENGTH, (0, 700, 1024)), "contiguous", "gather", Acp(bound="tight")),
 ]
 
 
@@ -105,11 +107,12 @@ def test_blocking_and_overlapped_give_the_same_bits(ranks, layout, schedule):
             assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+@pytest.mark.parametrize("acp", [Acp(logit_bound=4.0), Acp(bound="tight")], ids=["paper", "tight"])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-def test_every_rank_finds_the_boundary_one_process_finds(ranks, layout):
+def test_every_rank_finds_the_boundary_one_process_finds(ranks, layout, acp):
     tensors, _ = whole("mixed", 4)
-    _, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), return_stats=True)
-    assert all(torch.equal(s, stats.start) for s in ranks(3, starts_of, tensors, layout, Acp(logit_bound=4.0)))
+    _, stats = forgetting_attention(*tensors, acp=acp, return_stats=True)
+    assert all(torch.equal(s, stats.start) for s in ranks(3, starts_of, tensors, layout, acp))
 
 
 def starts_of(rank, size, tensors, layout, acp):

@@ -7,17 +7,20 @@ below a threshold delta. `bound="paper"` is the published rule: with U >= max |s
 
 A pruned weight is at most exp(U + delta) over exp(-U), the least the diagonal key contributes, so eps / L each and
 eps in total for any query. D_max never decreases in n, so what a block keeps is [start, m], found by bisection.
+
+`bound="tight"` gives the same guarantee and prunes more, by numbers that it takes from q and k: see tight.py.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from foxdist.attention.gates import LOG2E
 
-BOUNDS = ("paper",)
+Bound = Literal["paper", "tight"]
+BOUNDS: tuple[str, ...] = get_args(Bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,10 @@ class Acp:
 
     log_eps: float = -10.0
     """Natural log of the weight that any query may lose in total; must be negative. -inf: as if there were no `Acp`."""
-    bound: Literal["paper"] = "paper"
+    bound: Bound = "paper"
     """The rule that proves it; see the module's docstring."""
     logit_bound: float | torch.Tensor | None = None
-    """U >= max |scale q.k|: one number, a [H] tensor, or None to measure it (over ranks: one small all-reduce)."""
+    """U >= max |scale q.k|: one number, a [H] tensor, or None to measure it (`paper` over ranks: an all-reduce)."""
 
     def __post_init__(self) -> None:
         if not self.log_eps < 0:

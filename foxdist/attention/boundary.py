@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from foxdist.attention import gates
+from foxdist.attention import gates, tight
 from foxdist.attention.acp import Acp, bounded_heads, largest_norms, reference_room, start_blocks
 
 Whole = Callable[[torch.Tensor], torch.Tensor]
@@ -26,32 +26,47 @@ class Boundary(NamedTuple):
 
 
 def find_boundary(
+    q: torch.Tensor,
+    k: torch.Tensor,
     log_f: torch.Tensor,
     acp: Acp | None,
-    bound: torch.Tensor | float,
+    bound: torch.Tensor | float | None,
+    scale: float,
     length: int,
-    weights: torch.dtype,
     whole: Whole,
     backend: str,
 ) -> Boundary:
     """The sums of log_f [B, T, H] float32, and what `acp` prunes by them.
 
-    bound: U, a number or a float64 tensor that broadcasts to [B, H]; any where acp is None. length: keys in the whole
-    sequence. weights: dtype of the attention weights.
+    q, k: read by `bound="tight"` only. bound: U, a number or a float64 tensor that broadcasts to [B, H]; any where acp
+    is None; None: not known, which only `tight` can do with. length: keys in the whole sequence.
     """
-    room = reference_room(weights, length)
+    room = reference_room(q.dtype, length)
     if _in_kernels(log_f, backend):
         from foxdist.attention.kernels import gates as kernels
+        from foxdist.attention.kernels import tight as tight_kernels
 
+        if acp is not None and acp.bound == "tight":
+            c_in, table = kernels.block_sums(log_f, tight.SCORES)
+            tight_kernels.block_scores(q, k, c_in, scale, table)
+            return Boundary(c_in, *tight_kernels.boundary(whole(table), bound, acp.log_eps, room))
+        assert bound is not None
         c_in, table = kernels.block_sums(log_f)
         log_eps = acp.log_eps if acp else None
         return Boundary(c_in, *kernels.boundary(whole(table), bound, log_eps, math.log(length), room))
     c_in = gates.block_sums(log_f)
-    table = whole(gates.block_table(c_in))
-    base = gates.bases(table)
-    bound = torch.as_tensor(bound, dtype=torch.float64, device=log_f.device)
-    start = start_blocks(base, table[..., 1], acp, bound, length)
-    return Boundary(c_in, base, start, bounded_heads(bound, (start.shape[0], start.shape[1]), acp, room))
+    table = gates.block_table(c_in)
+    given = None if bound is None else torch.as_tensor(bound, dtype=torch.float64, device=log_f.device)
+    if acp is not None and acp.bound == "tight":
+        table = whole(torch.cat([table, tight.block_scores(q, k, c_in, scale)], -1))
+        base = gates.bases(table)
+        start, largest = tight.start_blocks(base, table[..., 2:], acp.log_eps, given)
+    else:
+        assert given is not None
+        table, largest = whole(table), given
+        base = gates.bases(table)
+        start = start_blocks(base, table[..., 1], acp, largest, length)
+    return Boundary(c_in, base, start, bounded_heads(largest, (start.shape[0], start.shape[1]), acp, room))
 
 
 def find_norms(q: torch.Tensor, k: torch.Tensor, backend: str) -> torch.Tensor:

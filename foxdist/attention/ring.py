@@ -58,8 +58,9 @@ def forward(
     """Attention of this rank's queries, and the call's `counts` (see stats.py)."""
     length, cp = q.shape[1], call.cp
     keys = length * (cp.size if cp else 1)
+    bound = _logit_bound(q, k, call)
     c_in, base, start, bounded = boundary.find_boundary(
-        log_f, call.acp, _logit_bound(q, k, call), keys, q.dtype, lambda x: _whole(x, cp), call.backend
+        q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp), call.backend
     )
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     plan = _plan(start, k.shape[2], cp)
@@ -153,11 +154,14 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
     return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
 
 
-def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float:
-    """U, a number or float64 and broadcastable to [B, H]: as given, or measured over all ranks."""
+def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float | None:
+    """U, a number or float64 and broadcastable to [B, H]: as given, or measured over all ranks; None where the rule
+    that prunes finds it in its own numbers."""
     given = call.acp.logit_bound if call.acp else 0.0
     if given is not None:
         return given.to(q.device, torch.float64) if isinstance(given, torch.Tensor) else given
+    if call.acp and call.acp.bound == "tight":
+        return None
     norms = boundary.find_norms(q, k, call.backend)
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 

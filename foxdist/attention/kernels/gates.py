@@ -21,18 +21,21 @@ PIECE = 512
 PIECE_OF_SUMS = 64
 
 
-def block_sums(log_f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def block_sums(log_f: torch.Tensor, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """c_in [B, H, n, BLOCK] and table [B, H, n, 2], float32, as `gates.block_sums` and `gates.block_table` give them.
 
-    log_f: [B, T, H] float32, any strides; taken as zero beyond T.
+    log_f: [B, T, H] float32, any strides; taken as zero beyond T. more: columns that the table has room for after
+    these, which another kernel writes.
     """
     rows, length, heads = log_f.shape
     blocks = cdiv(length, BLOCK)
     c_in = torch.empty(rows, heads, blocks, BLOCK, device=log_f.device, dtype=torch.float32)
-    table = torch.empty(rows, heads, blocks, 2, device=log_f.device, dtype=torch.float32)
+    table = torch.empty(rows, heads, blocks, 2 + more, device=log_f.device, dtype=torch.float32)
     group = _group(heads)
     grid = blocks, cdiv(heads, group), rows
-    launch(_block_sums, grid, log_f, c_in, table, length, heads, blocks, *log_f.stride(), BLOCK=BLOCK, GROUP=group)
+    launch(_block_sums, grid,
+        log_f, c_in, table, length, heads, blocks, *log_f.stride(), BLOCK=BLOCK, GROUP=group, COLUMNS=2 + more,
+    )  # fmt: skip
     return c_in, table
 
 
@@ -99,7 +102,7 @@ def _group(heads: int) -> int:
 @triton.jit
 def _block_sums(
     log_f_ptr, c_in_ptr, table_ptr, length, heads, blocks, row_stride, token_stride, head_stride,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :]
@@ -114,7 +117,7 @@ def _block_sums(
     index = (row * heads + head) * blocks + block
     tl.store(c_in_ptr + index * BLOCK + lane, sums, mask=head < heads)
     ends = (lane == 0) | (lane == BLOCK - 1)
-    tl.store(table_ptr + index * 2 + (lane == 0), sums, mask=ends & (head < heads))
+    tl.store(table_ptr + index * COLUMNS + (lane == 0), sums, mask=ends & (head < heads))
 
 
 @triton.jit
