@@ -107,6 +107,11 @@ class AcpSection(Section):
     """Natural log of the attention weight that any query may lose."""
     bound: Literal["paper", "tight"] = "paper"
     """The rule that proves it: as published, or from q and k themselves, which prunes more (attention/tight.py)."""
+    certify_every: int = Field(500, ge=0)
+    """Steps between certificates: the weight really pruned from sampled queries, measured densely. More than
+    exp(log_eps) ends the run. 0: never."""
+    dry_run: bool = False
+    """Plan and count everything, prune nothing: what the metrics say would be kept and sent, at the price of none."""
 
 
 class Optim(Section):

@@ -11,11 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from foxdist.layer import Attention
 from foxdist.model import Block, FoX
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; the weights are still those of the step before."""
+
+
+class PrunedTooMuchError(RuntimeError):
+    """The certificate of `acp` failed; the weights are still those of the step before."""
 
 
 def _note(flag: torch.Tensor, x: torch.Tensor) -> None:
@@ -71,6 +76,21 @@ class Guard:
             f"step {step}: the {what} of {self.names[part]} is not finite on rank {where}; the update was not made and "
             "checkpoints are good; look at the data of this step, or lower optim.lr in a new train.run_dir"
         )
+
+
+def check_pruned(layers: list[Attention], log_eps: float, step: int) -> None:
+    """Raises `PrunedTooMuchError` on every rank if any rank's meters hold a pruned weight of more than exp(log_eps)."""
+    pruned = torch.stack([layer.meter.pruned for layer in layers]).nan_to_num(0.0)
+    dist.all_reduce(pruned, dist.ReduceOp.MAX)
+    worst = float(pruned.max())
+    if worst <= math.exp(log_eps):
+        return
+    layer, head = divmod(int(pruned.argmax()), pruned.shape[1])
+    raise PrunedTooMuchError(
+        f"step {step}: pruning took {worst:.3g} of the attention weight of a query in layer {layer}, head {head}; "
+        f"acp.log_eps={log_eps:g} allows {math.exp(log_eps):.3g}; the update was not made and checkpoints are good; "
+        "this is a defect of foxdist: please report it, and go on with acp.enabled=false"
+    )
 
 
 def check_update(engine: Any, step: int) -> None:

@@ -14,8 +14,15 @@ from torch.nn import functional as F
 
 from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention
 from foxdist.attention.shift import previous_token
-from foxdist.attention.stats import Meter
-from foxdist.config import Model
+from foxdist.attention.stats import Counted, Meter
+from foxdist.config import AcpSection, Model
+
+
+def pruning(section: AcpSection) -> Acp | None:
+    """What the configuration says may be pruned."""
+    if not section.enabled:
+        return None
+    return Acp(log_eps=section.log_eps, bound=section.bound, dry_run=section.dry_run)
 
 
 class RMSNorm(nn.Module):
@@ -83,15 +90,17 @@ class Attention(nn.Module):
             self.output_norm = HeadNorm(model.heads, model.head_dim, model.norm_eps)
             self.output_gate = nn.Linear(hidden, hidden, bias=False)
         self.meter = Meter(model.heads)
+        self.certify = 0
+        """Queries of each rank on which the next forwards measure what pruning takes; see `Acp.certify`."""
 
     def forward(
         self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Counted]:
         """starts: [B, T] bool, a document's first token. positions: [T] int64 in the whole sequence, with RoPE."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        acp = self.acp
+        acp = replace(self.acp, certify=self.certify) if self.acp and self.certify else self.acp
         if self.pro:
             k, v = self._shift(x, k, v, starts)
             q, q_gain = self.q_norm(q)
@@ -117,7 +126,7 @@ class Attention(nn.Module):
             out = self.output_norm(out)[0].flatten(-2) * torch.sigmoid(self.output_gate(x).float())
         else:
             out = out.flatten(-2)
-        return self.o_proj(out.to(x.dtype)), stats.kept_by_head, stats.counts
+        return self.o_proj(out.to(x.dtype)), stats.counted
 
     def _shift(
         self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor

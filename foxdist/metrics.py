@@ -45,8 +45,10 @@ def step_metrics(
     result: dict[str, Any] = {"tokens/s": tokens / seconds, "time/step(ms)": 1000 * seconds / steps}
     result |= {f"time/{name}(ms)": 1000 * value / steps for name, value in parts.items()}
     result |= _memory(mesh.device)
-    result |= _compute(config, mesh, tokens / seconds, float(kept.sum() / possible.sum() / kept.shape[1]))
+    share = 1.0 if config.acp.dry_run else float(kept.sum() / possible.sum() / kept.shape[1])
+    result |= _compute(config, mesh, tokens / seconds, share)
     result |= _tiles(kept, possible, blocks)
+    result |= _pruned(layers, mesh.device, config.acp.log_eps)
     result |= _traffic(layers, steps, mesh)
     return result
 
@@ -73,6 +75,21 @@ def _tiles(kept: torch.Tensor, possible: torch.Tensor, blocks: torch.Tensor) -> 
     }
 
 
+def _pruned(layers: list[Counts], device: torch.device, log_eps: float) -> dict[str, Any]:
+    """The largest weight that pruning took, over ranks, beside what it may take; nothing if none was measured."""
+    # -1 stands for none: NaN has no maximum.
+    weight = torch.stack([c.pruned for c in layers]).to(device).nan_to_num(-1.0)
+    dist.all_reduce(weight, dist.ReduceOp.MAX)
+    weight = weight.cpu()
+    if weight.max() < 0:
+        return {}
+    return {
+        "acp/pruned_weight": float(weight.max()),
+        "acp/pruned_weight_allowed": math.exp(log_eps),
+        "acp/pruned_weight_by_head": [[float(w) for w in row] for row in weight],
+    }
+
+
 def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
     """A step's traffic; totals are over all ranks, lists hold one number a rank."""
     total = sum((counts.traffic for counts in layers), Traffic())
@@ -80,11 +97,12 @@ def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
     every = [torch.empty_like(mine) for _ in range(mesh.world)]
     dist.all_gather(every, mine)
     of = dict(zip(asdict(total), torch.stack(every).T.cpu()))
-    sent, dense, causal = (of[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal"))
+    sent, dense, causal, needed = (of[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal", "needed"))
     return {
         "comm/kv_sent(MiB)": float(sent.sum()),
         "comm/kv_dense(MiB)": float(dense.sum()),
         "comm/kv_causal(MiB)": float(causal.sum()),
+        "comm/kv_needed(MiB)": float(needed.sum()),
         "comm/kv_skipped(MiB)": float((dense - sent).sum()),
         "comm/kv_skipped_of_causal(MiB)": float((causal - sent).sum()),
         "comm/gates_sent(MiB)": float(of["bytes_gates"].sum() / MIB),

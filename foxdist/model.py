@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from foxdist.attention import Acp, ContextParallel
 from foxdist.attention.replay import checkpoint_contexts, compiled_checkpoint_contexts
+from foxdist.attention.stats import Counted
 from foxdist.config import Model
 from foxdist.layer import Attention, RMSNorm
 from foxdist.layout import positions
@@ -44,11 +45,11 @@ class Block(nn.Module):
 
     def forward(
         self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Counted]:
         """As `Attention.forward`, whose counts it passes on."""
-        y, kept_by_head, counts = self.attention(self.attention_norm(x), starts, where)
+        y, counted = self.attention(self.attention_norm(x), starts, where)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), kept_by_head, counts
+        return x + self.mlp(self.mlp_norm(x)), counted
 
 
 class Head(nn.Module):
@@ -88,7 +89,7 @@ class FoX(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, kept_by_head, counts = checkpoint(
+                x, counted = checkpoint(
                     block,
                     x,
                     starts,
@@ -98,8 +99,8 @@ class FoX(nn.Module):
                     preserve_rng_state=False,  # no dropout
                 )
             else:
-                x, kept_by_head, counts = block(x, starts, where)
-            block.attention.meter.add(kept_by_head, counts)
+                x, counted = block(x, starts, where)
+            block.attention.meter.add(counted)
         return self.head(x, labels)
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -25,14 +25,15 @@ if __name__ == "__main__":
 from foxdist import checkpoint, log, run_folder
 from foxdist import config as configuration
 from foxdist import mesh as meshes
-from foxdist.attention import Acp, ContextParallel
+from foxdist.attention import ContextParallel
 from foxdist.attention.backends import choose_backend
 from foxdist.check import describe
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, Loader, steps_per_epoch
-from foxdist.guard import Guard, NonFiniteError, check_update
+from foxdist.guard import Guard, NonFiniteError, PrunedTooMuchError, check_pruned, check_update
+from foxdist.layer import pruning
 from foxdist.layout import shard
 from foxdist.loss import gradient_scale
 from foxdist.mesh import Mesh
@@ -42,6 +43,8 @@ from foxdist.optim import learning_rate, make_optimizer
 from foxdist.options import positive
 from foxdist.sinks import Sinks, check_wandb
 from foxdist.zero import make_engine, set_learning_rate
+
+CERTIFIED = 64  # queries of each rank, row and head that a certificate looks at
 
 
 @dataclass
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         train(build(config, mesh))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, PrunedTooMuchError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the newest checkpoint", 130)
@@ -156,7 +159,7 @@ def build(config: Config, mesh: Mesh) -> Run:
     cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
     model = FoX(
         config.model,
-        acp=Acp(log_eps=config.acp.log_eps, bound=config.acp.bound) if config.acp.enabled else None,
+        acp=pruning(config.acp),
         cp=cp,
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(mesh.device)
@@ -232,6 +235,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.
     scale = gradient_scale(targets, mesh.world).float()
     run.step += 1
     set_learning_rate(engine, learning_rate(config, run.step * config.train.tokens_per_step))
+    every = config.acp.certify_every if config.acp.enabled else 0
+    certified = bool(every) and run.step % every == 0
+    for layer in run.model.attention_layers():
+        layer.certify = CERTIFIED if certified else 0
     loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for micro in micro_batches(run, batch):
         with clock.part("forward"):
@@ -242,6 +249,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.
         with clock.part("optimizer"):
             if engine.is_gradient_accumulation_boundary():
                 run.guard.check(run.step)
+                if certified:
+                    check_pruned(run.model.attention_layers(), config.acp.log_eps, run.step)
             engine.step()
     check_update(engine, run.step)
     dist.all_reduce(loss_sum)

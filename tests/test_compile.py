@@ -32,28 +32,37 @@ def fresh():
 
 
 CASES = [
-    (bound, dtype, length, "torch")
+    (bound, dtype, length, "torch", "paper", {})
     for bound in (None, 4.0, torch.full((4,), 4.0))
     for dtype, length in ((torch.float32, 300), (torch.bfloat16, 256))
 ]
 
 
-@pytest.mark.parametrize("bound, dtype, length, backend", [*CASES, (4.0, torch.float32, 130, "triton")])
-def test_the_operator_is_what_it_says(bound, dtype, length, backend):
+CASES += [
+    (4.0, torch.float32, 130, "triton", "paper", {}),
+    (None, torch.float32, 260, "torch", "tight", {"dry_run": True, "certify": 5}),
+    (4.0, torch.float32, 130, "triton", "tight", {"certify": 5}),
+]
+
+
+@pytest.mark.parametrize("bound, dtype, length, backend, rule, options", CASES)
+def test_the_operator_is_what_it_says(bound, dtype, length, backend, rule, options):
     """Schema, no aliases among its results, fakes with the right shapes and strides, derivatives under AOT."""
     tensors = [x.requires_grad_() for x in inputs(2, length, 4, 2, 16, dtype=dtype)]
     by_head, number = (bound, None) if isinstance(bound, torch.Tensor) else (None, bound)
-    log_eps, rule = (None, "") if bound is None else (-10.0, "paper")
-    arguments = (*tensors, by_head, number, log_eps, rule, 0.25, backend, "")
+    log_eps, rule = (None, "") if bound is None and rule == "paper" else (-10.0, rule)
+    how = (options.get("certify", 0), options.get("dry_run", False), 0.25, backend, "")
+    arguments = (*tensors, by_head, number, log_eps, rule, *how)
     torch.library.opcheck(torch.ops.foxdist.attention.default, arguments)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_backward_operator_is_what_it_says(backend):
+@pytest.mark.parametrize("backend, dry_run", [("torch", False), ("torch", True), ("triton", False)])
+def test_the_backward_operator_is_what_it_says(backend, dry_run):
     tensors = inputs(2, 130, 4, 2, 16)
-    outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, -10.0, "paper", 0.25, backend, "")
+    how = (-10.0, "paper", 0, dry_run, 0.25, backend, "")
+    outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, *how)
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
-    arguments = (grad, *tensors[:3], *outputs[:-1], 0.25, backend, "")
+    arguments = (grad, *tensors[:3], *outputs[:-2], dry_run, 0.25, backend, "")
     torch.library.opcheck(torch.ops.foxdist.attention_backward.default, arguments)
 
 
@@ -177,8 +186,8 @@ def outputs_and_fakes(rank, size, layout, backend):
     forward, backward = torch.ops.foxdist.attention.default, torch.ops.foxdist.attention_backward.default
 
     def run(tensors):
-        outputs = forward(*tensors, None, 4.0, -10.0, "paper", 0.25, backend, cp.key)
-        gradients = backward(tensors[0], *tensors[:3], *outputs[:-1], 0.25, backend, cp.key)
+        outputs = forward(*tensors, None, 4.0, -10.0, "tight", 3, False, 0.25, backend, cp.key)
+        gradients = backward(tensors[0], *tensors[:3], *outputs[:-2], False, 0.25, backend, cp.key)
         return [(tuple(x.shape), x.stride(), x.dtype) for x in (*outputs, *gradients)]
 
     mode = FakeTensorMode()
@@ -244,7 +253,8 @@ def train_compiled(rank, size, values, folder, variants):
 
 
 def test_training_compiled_gives_the_same_curve_and_continues_either_way(ranks, tmp_path):
-    values = tree(write_data(tmp_path / "data"), "", train__steps=4, parallel__cp=2, checkpoint__every=2) | {"acp": {}}
+    values = tree(write_data(tmp_path / "data"), "", train__steps=4, parallel__cp=2, checkpoint__every=2)
+    values["acp"] = {"bound": "tight", "certify_every": 2}
     plain = {"train.activation_checkpointing": True}
     variants = [plain, {**plain, "train.compile": True}, {"train.compile": True, "parallel.zero": 2}]
     reference, *others = ranks(2, train_compiled, values, tmp_path, variants)[0]

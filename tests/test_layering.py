@@ -31,6 +31,7 @@ ORDER = [
     "attention.merge",
     "attention.transport",
     "attention.exchange",
+    "attention.certificate",
     "attention.kernels.launcher",
     "attention.kernels.operands",
     "attention.kernels.gates",

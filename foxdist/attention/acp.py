@@ -34,6 +34,11 @@ class Acp:
     logit_bound: float | torch.Tensor | None = None
     """U >= max |scale q.k|: one number, a [H] tensor, or None to measure it (`paper` over ranks: an all-reduce)."""
 
+    dry_run: bool = False
+    """Find what would be pruned, and count it, but prune nothing."""
+    certify: int = 0
+    """Queries of each rank, drawn at random, on which the weight really pruned is measured densely."""
+
     def __post_init__(self) -> None:
         if not self.log_eps < 0:
             raise ValueError(f"acp.log_eps={self.log_eps}: not the log of a small weight; must be negative; try -10.0")
@@ -44,6 +49,8 @@ class Acp:
                 f"acp.logit_bound={self.logit_bound}: not a bound on |scale q.k|; must be finite and >= 0; "
                 "leave it out to have it measured"
             )
+        if self.certify < 0:
+            raise ValueError(f"acp.certify={self.certify}: a number of queries; must not be negative; try 64")
 
 
 def largest_norms(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -58,10 +58,11 @@ def forgetting_attention(
         acp = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cp = cp if cp is not None and cp.size > 1 else None
-    out, start, counts = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)
+    out, start, counts, pruned = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)
     if not return_stats:
         return out
-    return out, AttentionStats(start, own_blocks(start.shape[-1], cp, start.device), counts, runs.name, runs.reason)
+    blocks = own_blocks(start.shape[-1], cp, start.device)
+    return out, AttentionStats(start, blocks, counts, pruned, runs.name, runs.reason)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:

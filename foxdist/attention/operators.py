@@ -25,16 +25,18 @@ from foxdist.layout import BLOCK, chunk_count
 Outputs = tuple[torch.Tensor, ...]
 
 _library = torch.library.Library("foxdist", "FRAGMENT")
-# out, lse2, c_in, base, start, schedule are those of `ring.Result`, need is that of `Plan` or [0], counts of stats.py.
+# out, lse2, c_in, base, start, schedule are those of `ring.Result`, need is that of `Plan` or [0], counts and pruned of
+# stats.py.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor? bound_by_head, float? bound_number, float? log_eps, "
-    "str bound, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, Tensor base, Tensor start, "
-    "Tensor schedule, Tensor need, Tensor counts)",
+    "str bound, int certify, bool dry_run, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, "
+    "Tensor base, Tensor start, Tensor schedule, Tensor need, Tensor counts, Tensor pruned)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor c_in, Tensor base, "
-    "Tensor start, Tensor schedule, Tensor need, float scale, str backend, str cp) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor start, Tensor schedule, Tensor need, bool dry_run, float scale, str backend, str cp) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _attention = torch.ops.foxdist.attention.default
@@ -51,12 +53,12 @@ def attention(
     acp: Acp | None,
     cp: ContextParallel | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, start, counts), of which out is differentiable. Arguments are checked already; `cp` has several ranks."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, start, counts, pruned), of which out is differentiable. Arguments are checked; `cp` has several ranks."""
     given = acp.logit_bound if acp else None
     by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
     eager = not torch.compiler.is_compiling() and _is_plain(q, k, v, log_f, by_head)
-    out, _, _, _, start, _, _, counts = (_Attention.apply if eager else _attention)(
+    out, _, _, _, start, _, _, counts, pruned = (_Attention.apply if eager else _attention)(
         q,
         k,
         v,
@@ -65,11 +67,13 @@ def attention(
         None if number is None else float(number),
         acp.log_eps if acp else None,
         acp.bound if acp else "",
+        acp.certify if acp else 0,
+        acp.dry_run if acp else False,
         float(scale),
         backend,
         cp.key if cp else "",
     )
-    return out, start, counts
+    return out, start, counts, pruned
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -91,6 +95,8 @@ def _forward(
     bound_number: float | None,
     log_eps: float | None,
     bound: str,
+    certify: int,
+    dry_run: bool,
     scale: float,
     backend: str,
     cp: str,
@@ -98,21 +104,21 @@ def _forward(
     if not log_f.is_cuda and bool((log_f > 0).any()):
         raise ValueError("log_f: holds positive values; must be <= 0; use logsigmoid")
     given = bound_number if bound_by_head is None else bound_by_head
-    acp = None if log_eps is None else Acp(log_eps=log_eps, bound=bound, logit_bound=given)  # type: ignore[arg-type]
-    call = ring.Call(scale, acp, context_parallel(cp), backend)
+    acp = None if log_eps is None else Acp(log_eps=log_eps, bound=bound, logit_bound=given, certify=certify)  # type: ignore[arg-type]
+    call = ring.Call(scale, acp, context_parallel(cp), backend, dry_run)
 
     def compute() -> tuple[torch.Tensor, ...]:
-        result, counts = ring.forward(q, k, v, log_f, call)
+        result, counts, pruned = ring.forward(q, k, v, log_f, call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
         kept = result.out, result.lse2, result.c_in, result.base, result.start, result.schedule, need
-        return *(x.contiguous() for x in kept), counts
+        return *(x.contiguous() for x in kept), counts, pruned
 
     with _as_written(q):
         return remember(compute)
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, *rest: Any) -> Outputs:
-    *_, backend, cp = rest
+    *_, certify, _, _, backend, cp = rest
     rows, length, heads, _ = q.shape
     blocks = -(-length // BLOCK)
     spread = context_parallel(cp)
@@ -131,6 +137,7 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torc
         log_f.new_empty(words, dtype=torch.int64),
         log_f.new_empty(need, dtype=torch.int64, device="cpu"),
         log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
+        log_f.new_empty(heads if certify else 0),
     )
 
 
@@ -146,6 +153,7 @@ def _backward(
     start: torch.Tensor,
     schedule: torch.Tensor,
     need: torch.Tensor,
+    dry_run: bool,
     scale: float,
     backend: str,
     cp: str,
@@ -154,7 +162,7 @@ def _backward(
     plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread else None
     result = ring.Result(out, lse2, c_in, base, start, schedule, plan)
     with _as_written(q):
-        gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend))
+        gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend, dry_run))
     return tuple(x.contiguous() for x in gradients)
 
 
@@ -170,10 +178,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
             forward = _forward if _is_plain(*inputs[:5]) else _attention
-            out, *rest, counts = outputs = forward(*inputs)
-        q, k, v, *_, ctx.scale, ctx.backend, ctx.cp = inputs
+            out, *rest, counts, pruned = outputs = forward(*inputs)
+        q, k, v, *_, ctx.dry_run, ctx.scale, ctx.backend, ctx.cp = inputs
         ctx.save_for_backward(q, k, v, out, *rest)
-        ctx.mark_non_differentiable(*rest, counts)
+        ctx.mark_non_differentiable(*rest, counts, pruned)
         ctx.set_materialize_grads(False)  # of what is not differentiable, too
         return outputs
 
@@ -181,11 +189,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 11
+            return (None,) * 13
         saved = ctx.saved_tensors
         backward: Any = _backward if _is_plain(grad, *saved) else _attention_backward
-        gradients = backward(grad, *saved, ctx.scale, ctx.backend, ctx.cp)
-        return *gradients, *(None,) * 7
+        gradients = backward(grad, *saved, ctx.dry_run, ctx.scale, ctx.backend, ctx.cp)
+        return *gradients, *(None,) * 9
 
 
 @contextmanager

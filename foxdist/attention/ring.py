@@ -20,6 +20,7 @@ import torch
 
 from foxdist.attention import boundary, tiles
 from foxdist.attention.acp import Acp, measured_bound
+from foxdist.attention.certificate import pruned_weight
 from foxdist.attention.exchange import Rounds, Route, take_back
 from foxdist.attention.pages import BlockTable, Pages, own_table
 from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
@@ -31,12 +32,13 @@ from foxdist.layout import blocks_of, chunk_count, unshard
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The options of one call, after checking. `cp` is None where one rank holds the sequence."""
+    """The options of one call, after checking: `cp` is None where one rank holds the sequence, `acp` in backward."""
 
     scale: float
     acp: Acp | None
     cp: ContextParallel | None
     backend: str
+    dry_run: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +49,15 @@ class Result:
     lse2: torch.Tensor  # [B, H, n, BLOCK] float32, base-2 log
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64
-    start: torch.Tensor  # [B, H, N] int32
+    start: torch.Tensor  # [B, H, N] int32; a dry run does not keep to it
     schedule: torch.Tensor  # of the own pool, by `tiles.make_schedule`
     plan: Plan | None
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
-) -> tuple[Result, torch.Tensor]:
-    """Attention of this rank's queries, and the call's `counts` (see stats.py)."""
+) -> tuple[Result, torch.Tensor, torch.Tensor]:
+    """Attention of this rank's queries, the call's `counts` (see stats.py), and the weight pruned, [0] if not asked."""
     length, cp = q.shape[1], call.cp
     keys = length * (cp.size if cp else 1)
     bound = _logit_bound(q, k, call)
@@ -63,7 +65,9 @@ def forward(
         q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp), call.backend
     )
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
-    plan = _plan(start, k.shape[2], cp)
+    plan = needed = _plan(start, k.shape[2], cp)
+    if call.dry_run:
+        bounded, plan = torch.zeros_like(bounded), _plan(torch.zeros_like(start), k.shape[2], cp)
     rounds = Rounds(plan, cp, pool)
     rounds.post()
     several = rounds.posted is not None
@@ -75,7 +79,9 @@ def forward(
         partial = tiles.forward(call.backend, queries, arrived, route.table, bounded, partial, partial=True)
 
     result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, schedule, plan)
-    return result, _counts(start, pool, plan, cp, rounds.swaps)
+    samples = call.acp.certify if call.acp else 0
+    pruned = pruned_weight(queries, k, start, samples, cp) if samples else base.new_empty(0, dtype=torch.float32)
+    return result, _counts(start, pool, plan, needed, cp, rounds.swaps), pruned
 
 
 def backward(
@@ -124,6 +130,8 @@ def _local(
     """This rank's queries, its own K and V as a pool, and the table of that pool."""
     blocks, table = _own(len(k), k.shape[2], start.shape[-1], call.cp, q.device)
     mine = start[:, :, blocks] if call.cp else start
+    if call.dry_run:
+        mine = torch.zeros_like(mine)
     return Queries(q, c_in, base, mine, blocks, call.scale), Pages(k, v, c_in), table
 
 
@@ -177,13 +185,18 @@ def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Pla
 
 
 def _counts(
-    start: torch.Tensor, pool: Pages, plan: Plan | None, cp: ContextParallel | None, swaps: list[Swap]
+    start: torch.Tensor,
+    pool: Pages,
+    plan: Plan | None,
+    needed: Plan | None,
+    cp: ContextParallel | None,
+    swaps: list[Swap],
 ) -> torch.Tensor:
     rows, _, total = start.shape
     causal, count = _causal_tiles(total, cp)
-    if not (plan and cp):
+    if not (plan and needed and cp):
         return _counts_alone(rows * causal, rows * count).clone()
-    return counts_of(rows * causal, rows * count, _traffic(plan, cp.rank, pool, swaps))
+    return counts_of(rows * causal, rows * count, _traffic(plan, needed, cp.rank, pool, swaps))
 
 
 @lru_cache(maxsize=64)
@@ -198,7 +211,7 @@ def _causal_tiles(total: int, cp: ContextParallel | None) -> tuple[int, int]:
     return int((blocks + 1).sum()), len(blocks)
 
 
-def _traffic(plan: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:
+def _traffic(plan: Plan, needed: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:
     kv, gate = pool.bytes_each()
     causal = causal_counts(*plan.need.shape[:2], plan.blocks, plan.size, plan.layout)
     sent = sum(swap.sent_rows for swap in swaps)
@@ -206,6 +219,7 @@ def _traffic(plan: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:
         bytes_sent=sent * kv,
         bytes_dense=(plan.size - 1) * plan.own * kv,
         bytes_causal=int(causal[rank].sum()) * kv,
+        bytes_needed=int(needed.counts[rank].sum()) * kv,
         bytes_gates=sent * gate,
         peers=plan.size - 1,
         pairs_sent=sum(swap.messages for swap in swaps),

@@ -1,6 +1,7 @@
 """What attention calls kept and sent. Taking a count never waits for the device; reading one may."""
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ class Traffic:
     """K and V that a dense ring would have sent: P - 1 times what this rank owns."""
     bytes_causal: int = 0
     """K and V that causality alone makes this rank send: what the plan sends with nothing pruned."""
+    bytes_needed: int = 0
+    """K and V that the boundary makes this rank send: what it sent, unless this was a dry run."""
     bytes_gates: int = 0
     """Gate sums sent along with K and V."""
     peers: int = 0
@@ -43,6 +46,14 @@ COUNTS = 3 + len(fields(Traffic))
 """How many numbers `counts_of` holds."""
 
 
+class Counted(NamedTuple):
+    """What a `Meter` adds up of one call; see `AttentionStats`."""
+
+    kept_by_head: torch.Tensor
+    counts: torch.Tensor
+    pruned: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionStats:
     """Counts of one rank in one forward."""
@@ -53,6 +64,9 @@ class AttentionStats:
     """[n] int64: the query blocks that this rank owns."""
     counts: torch.Tensor
     """[COUNTS] int64 on the host, see `counts_of`."""
+    pruned: torch.Tensor
+    """[H] float32: the largest weight that pruning took from a sampled query, over the batch and all ranks; [0] where
+    `acp.certify` asked for none."""
     backend: str
     """The tile implementation that ran."""
     reason: str = ""
@@ -75,8 +89,13 @@ class AttentionStats:
         return (self.blocks - own + 1).sum((0, 2))
 
     @property
+    def counted(self) -> Counted:
+        """What a `Meter` takes."""
+        return Counted(self.kept_by_head, self.counts, self.pruned)
+
+    @property
     def tiles_kept(self) -> int:
-        """Tiles that this rank computed."""
+        """Tiles that this rank computed, or would have but for a dry run."""
         return int(self.kept_by_head.sum())
 
     @property
@@ -107,6 +126,8 @@ class Counts:
     query_blocks: int
     """Query blocks of one head."""
     traffic: Traffic
+    pruned: torch.Tensor
+    """[H] float32: the largest weight taken from any sampled query, on the device; NaN if none was measured."""
 
 
 class Meter(nn.Module):
@@ -117,21 +138,26 @@ class Meter(nn.Module):
     """
 
     kept_by_head: torch.Tensor
+    pruned: torch.Tensor
 
     def __init__(self, heads: int):
         super().__init__()
+        self.register_buffer("pruned", torch.full((heads,), torch.nan), persistent=False)
         self.register_buffer("kept_by_head", torch.zeros(heads, dtype=torch.int64), persistent=False)
         self.counts = torch.zeros(COUNTS, dtype=torch.int64, device="cpu")  # no buffer: it stays on the host
 
-    def add(self, kept_by_head: torch.Tensor, counts: torch.Tensor) -> None:
-        """Adds what `AttentionStats` says of one call."""
-        self.kept_by_head += kept_by_head
-        self.counts += counts
+    def add(self, call: Counted) -> None:
+        """Adds one call."""
+        self.kept_by_head += call.kept_by_head
+        self.counts += call.counts
+        if len(call.pruned):
+            self.pruned.copy_(self.pruned.fmax(call.pruned))
 
     def take(self) -> Counts:
         """The counts, which start again from nothing."""
         calls, causal, blocks, *traffic = self.counts.tolist()
-        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic))
+        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic), self.pruned.clone())
         self.counts.zero_()
         self.kept_by_head.zero_()
+        self.pruned.fill_(torch.nan)
         return taken

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
-from foxdist.attention import RESET, Acp
+from foxdist.attention import RESET
 from foxdist.config import Config
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, one_sequence
+from foxdist.layer import pruning
 from foxdist.model import FoX
 
 
@@ -47,9 +48,8 @@ def run(chosen: argparse.Namespace) -> int:
 
 def build(config: Config, weights: dict[str, torch.Tensor], device: torch.device) -> FoX:
     """The model as it trains, on one process: parameters in the run's precision."""
-    acp = Acp(log_eps=config.acp.log_eps, bound=config.acp.bound) if config.acp.enabled else None
     with torch.device(device):
-        model = FoX(config.model, acp=acp)
+        model = FoX(config.model, acp=pruning(config.acp))
     model.load_state_dict(weights)
     return model.to(torch.bfloat16) if config.train.precision == "bf16" else model
 
