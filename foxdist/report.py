@@ -1,4 +1,7 @@
-"""Pictures and a summary of a run, from what it wrote: python -m foxdist.report RUN_DIR."""
+"""Pictures and a summary of a run, from what it wrote: python -m foxdist.report RUN_DIR [RUN_DIR ...].
+
+Of several runs, their losses in one picture, and how far each is from the first.
+"""
 
 import argparse
 import sys
@@ -23,13 +26,22 @@ Rows = list[dict[str, Any]]
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m foxdist.report", description=__doc__)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    folder = parser.parse_args(arguments).run_dir
+    parser.add_argument("run_dir", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="of several runs; default: comparison.png")
+    chosen = parser.parse_args(arguments)
     try:
-        rows = read(folder)
+        runs = {folder: read(folder) for folder in chosen.run_dir}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if len(runs) > 1:
+        picture = chosen.output or Path("comparison.png")
+        for folder, rows in runs.items():
+            print(f"{folder}:\n{summary(rows)}\n")
+        compare({folder.name: rows for folder, rows in runs.items()}, picture)
+        print(f"picture         {picture}")
+        return 0
+    ((folder, rows),) = runs.items()
     print(summary(rows))
     picture = folder / "report.png"
     draw(rows, picture)
@@ -68,6 +80,13 @@ def summary(rows: Rows) -> str:
             f"{100 * last['comm/kv_sent(MiB)'] / last['comm/kv_dense(MiB)']:.1f} % at the end",
             f"                {sent:.2f} of {dense:.2f} MiB a step",
         ]
+    certified = [row for row in rows if "acp/pruned_weight" in row]
+    if certified:
+        worst = max(row["acp/pruned_weight"] for row in certified)
+        lines.append(
+            f"weight lost     {worst:.1e} at most, of {certified[-1]['acp/pruned_weight_allowed']:.1e} allowed, by "
+            f"{len(certified)} certificates"
+        )
     steps = np.array([row["step"] for row in rows])
     rate = np.median([row["tokens/s"] for row in rows])
     lines.append(f"speed           {rate:,.0f} tokens/s, median over {len(steps)} logged steps")
@@ -84,6 +103,26 @@ def draw(rows: Rows, path: Path) -> None:
     _draw_traffic(traffic, steps, rows)
     _draw_heads(heads, rows[-1])
     for axes in (loss, tiles, traffic):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compare(runs: dict[str, Rows], path: Path) -> None:
+    """The losses of several runs, and the distance of each from the first where both logged a step."""
+    figure, (loss, distance) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    curves = [{row["step"]: row["loss"] for row in rows} for rows in runs.values()]
+    for i, (name, curve) in enumerate(zip(runs, curves)):
+        loss.plot(*zip(*curve.items()), color=f"C{i}", linewidth=1.2, label=name)
+        both = [step for step in curve if step in curves[0]]
+        if i and both:
+            apart = [max(abs(curve[step] - curves[0][step]), 1e-8) for step in both]
+            distance.plot(both, apart, color=f"C{i}", linewidth=1.2, label=name)
+    loss.set(title="loss", ylabel="nats a token", xlabel="step")
+    distance.set(title=f"distance from {next(iter(runs))}", ylabel="nats a token", xlabel="step", yscale="log")
+    for axes in (loss, distance):
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=110)

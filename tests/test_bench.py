@@ -326,6 +326,24 @@ def test_gates_of_a_run_are_recorded_and_measured(trained, tmp_path, capsys):
     arguments = ["attention", "--device", "cpu", "--shapes", "2x16", "--lengths", "384", "--repeats", "1"]
     assert bench.main([*arguments, "--gates", str(file)]) == 0
     assert "gates gates," in capsys.readouterr().out
+    assert set(load_file(file)) == {"log_f"}
+    with_inputs = [
+        "record",
+        str(run),
+        "--output",
+        str(file),
+        "--sequence",
+        "1",
+        "--device",
+        "cpu",
+        "--queries-and-keys",
+    ]
+    assert bench.main(with_inputs) == 0
+    assert torch.equal(load_file(file)["log_f"], log_f)
+    q, k = (load_file(file)[name] for name in ("q", "k"))
+    assert q.shape == k.shape == (2, 512, 2, 16)
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((2, 512, 2), 4.0), rtol=0.2, atol=0.0)  # after QK-norm
+    assert not torch.equal(q, k)
     drawn = gate_kinds.find(str(file)).draw(2, 16, 384, 3)
     assert torch.equal(drawn[0], log_f[1, :384])
     for wrong, said in ((["--shapes", "4x16"], "of 2 heads"), (["--lengths", "1024"], "longer than the 512 tokens")):

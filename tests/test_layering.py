@@ -86,6 +86,7 @@ ORDER = [
     "bench.measure",
     "bench.report",
     "bench.attention",
+    "bench.acp",
     "bench.kernels",
     "bench.record",
     "bench.tune",

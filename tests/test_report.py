@@ -49,6 +49,23 @@ def test_a_picture_is_drawn(tmp_path, capsys, cp):
     assert len(picture) > 20_000
 
 
+def test_several_runs_are_compared(tmp_path, capsys):
+    """The picture holds both curves and one distance; a certificate of either is in its summary."""
+    for name, factor in (("a", 1.0), ("b", 1.1)):
+        (tmp_path / name).mkdir()
+        rows = [row(step) | {"loss": factor * 5.0 / step} for step in (1, 2, 3)]
+        if name == "b":
+            rows[1] |= {"acp/pruned_weight": 3e-9, "acp/pruned_weight_allowed": 4.5e-5}
+        write(tmp_path / name, rows)
+    picture = tmp_path / "both.png"
+    assert report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("loss  ") == 2
+    assert said.count("3.0e-09 at most, of 4.5e-05 allowed, by 1 certificates") == 1
+    assert len(picture.read_bytes()) > 10_000
+    assert not (tmp_path / "a" / "report.png").exists()
+
+
 def test_no_run_is_named(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "no logged step" in capsys.readouterr().err

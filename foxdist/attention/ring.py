@@ -178,10 +178,14 @@ def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Pla
     """The plan of all ranks, None for one. Reads the chunks' starts to the host."""
     if cp is None:
         return None
-    rows, _, blocks = start.shape
-    chunk = blocks // chunk_count(cp.size, cp.layout)
-    first = start[:, :, ::chunk].view(rows, kv_heads, -1, blocks // chunk).amin(2)
-    return make_plan(first.cpu().numpy(), blocks, cp.size, cp.layout)
+    first = first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout))
+    return make_plan(first.cpu().numpy(), start.shape[-1], cp.size, cp.layout)
+
+
+def first_of_chunks(start: torch.Tensor, kv_heads: int, chunks: int) -> torch.Tensor:
+    """[B, K, chunks]: the first block that each chunk's queries keep, over the query heads of a K/V head."""
+    rows, heads, blocks = start.shape
+    return start[:, :, :: blocks // chunks].reshape(rows, kv_heads, heads // kv_heads, chunks).amin(2)
 
 
 def _counts(

@@ -1,9 +1,9 @@
-"""Command line: python -m foxdist.bench attention | kernels | record | tune [options]."""
+"""Command line: python -m foxdist.bench acp | attention | kernels | record | tune [options]."""
 
 import argparse
 import sys
 
-from foxdist.bench import attention, kernels, record, tune
+from foxdist.bench import acp, attention, kernels, record, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -11,6 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m foxdist.bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for module, name, text in (
+        (acp, "acp", "tiles that each pruning rule keeps, K/V that ranks need, weight that is really lost"),
         (attention, "attention", "time, memory and errors of attention against other implementations"),
         (kernels, "kernels", "time of each kernel of one attention call"),
         (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),

@@ -111,13 +111,18 @@ def _shapes(chosen: argparse.Namespace) -> list[Shape]:
     if (chosen.heads is None) != (chosen.head_dim is None) or (chosen.heads and chosen.shapes):
         raise ValueError("--heads, --head-dim: one shape; must be given together, and without --shapes; use --shapes")
     text = f"{chosen.heads}x{chosen.head_dim}" if chosen.heads else chosen.shapes or SHAPES[chosen.device]
+    return read_shapes(text, chosen.kv_heads)
+
+
+def read_shapes(text: str, kv_heads: int | None) -> list[Shape]:
+    """Of the option --shapes. Raises `ValueError`."""
     found = []
     for part in text.split(","):
         try:
             heads, dim = map(positive, part.split("x"))
         except (ValueError, argparse.ArgumentTypeError):
             raise ValueError(f"--shapes {part}: not a shape; must be HEADSxDIM; for example 16x64,8x128") from None
-        found.append(make_shape(heads, chosen.kv_heads, dim))
+        found.append(make_shape(heads, kv_heads, dim))
     return found
 
 

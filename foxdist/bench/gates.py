@@ -38,6 +38,8 @@ class Gates(NamedTuple):
     layers: int = 1
     heads: int | None = None
     length: int | None = None
+    queries_and_keys: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Of a layer, where they were recorded too: q [T, H, D] and k [T, K, D]."""
 
 
 def find(text: str) -> Gates:
@@ -57,6 +59,7 @@ def recorded(path: Path) -> Gates:
     try:
         with safe_open(path, "pt") as file:
             log_f = file.get_tensor("log_f").float()
+            more = tuple(file.get_tensor(name) for name in ("q", "k") if name in file.keys())  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{path}: {error}; must be a safetensors file with log_f [layers, T, H] or [T, H]; "
@@ -73,7 +76,8 @@ def recorded(path: Path) -> Gates:
         return log_f[seed % len(log_f), None, :length].contiguous()
 
     layers, length, heads = log_f.shape
-    return Gates(path.stem, draw, layers, heads, length)
+    attended = (lambda layer: (more[0][layer], more[1][layer])) if len(more) == 2 else None
+    return Gates(path.stem, draw, layers, heads, length, attended)
 
 
 def first_kept(c: torch.Tensor, delta: torch.Tensor | float) -> torch.Tensor:

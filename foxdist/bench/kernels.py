@@ -51,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gates", default="acp", metavar="KIND|FILE", help=f"{', '.join(gate_kinds.REGIMES)}, or a file of `record`")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--backend", choices=[name for name in BACKENDS if name != "torch"], default="auto")
+    add("--bound", choices=BOUNDS, default=BOUNDS[0], help="the pruning rule; default: %(default)s")
     add("--measured-bound", action="store_true", help="find the bound on the logits from q and k in every call")
 
 
@@ -64,16 +65,16 @@ def run(chosen: argparse.Namespace) -> int:
     case = Case(shape, chosen.length, DTYPES[chosen.dtype], torch.device("cuda"))
     inputs = make_inputs(case, gates, 0)
     inputs = inputs._replace(acp=Acp()) if chosen.measured_bound else inputs
-    stats = counted(inputs, BOUNDS[0], chosen.backend)
+    stats = counted(inputs, chosen.bound, chosen.backend)
     if stats.backend == "torch":
         raise ValueError(
             f"kernels: attention has none for this ({stats.reason}); must have; change --head-dim or --dtype"
         )
-    forward, both = bind(foxdist(chosen.backend, BOUNDS[0]), inputs)
+    forward, both = bind(foxdist(chosen.backend, chosen.bound), inputs)
     both()  # compiles
     name, sms = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).multi_processor_count
     print(f"{name}, {stats.backend}, {shape}, {chosen.length:,} tokens, {chosen.dtype}, gates {gates.name}, ", end="")
-    print(f"{100 * kept(stats):.1f} % of the tiles kept; mean of {CALLS} calls")
+    print(f"{chosen.bound}: {100 * kept(stats):.1f} % of the tiles kept; mean of {CALLS} calls")
     print("\n".join(table(spent(forward), spent(both), tails(stats, sms))))
     return 0
 

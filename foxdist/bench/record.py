@@ -1,17 +1,17 @@
-"""The forget gates of a trained model on one sequence of its data, for `attention --gates FILE`."""
+"""The forget gates of a trained model on one sequence of its data, for `attention --gates FILE`, and q and k with them
+for `acp --gates FILE`."""
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
-from foxdist.attention import RESET
 from foxdist.config import Config
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, one_sequence
@@ -23,21 +23,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="train.run_dir of a run with a checkpoint")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a safetensors file")
+    parser.add_argument("--queries-and-keys", action="store_true", help="also q and k, as attention gets them")
     parser.add_argument("--sequence", type=int, default=0, metavar="N", help="of the run's data; default: the first")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Writes log_f [layers, T, H] float32. One process, whatever ranks trained. Raises `ValueError`."""
+    """Writes log_f [layers, T, H] float32, and if asked q [layers, T, H, D] and k [layers, T, K, D]. One process,
+    whatever ranks trained. Raises `ValueError`."""
     if not chosen.output.absolute().parent.is_dir():
         raise ValueError(f"--output {chosen.output}: its folder does not exist; must do so; make it first")
     config = configuration.load(chosen.run_dir / "config.yaml")
     batch = one_sequence(config.data.path, open_folder(config.data.path), chosen.sequence)
     step, weights = checkpoint.weights(run_folder.checkpoints(chosen.run_dir))
     model = build(config, weights, torch.device(chosen.device))
-    log_f = gates_of(model, batch, torch.device(chosen.device))
+    seen = attended(model, batch, torch.device(chosen.device))
+    log_f = seen["log_f"]
     about = {"run": chosen.run_dir.name, "step": str(step), "sequence": str(chosen.sequence)}
-    save_file({"log_f": log_f}, chosen.output, about | {"date": time.strftime("%Y-%m-%d")})
+    save_file(
+        seen if chosen.queries_and_keys else {"log_f": log_f},
+        chosen.output,
+        about | {"date": time.strftime("%Y-%m-%d")},
+    )
     counts = [layer.meter.take() for layer in model.attention_layers()]
     kept = sum(int(torch.as_tensor(c.kept_by_head).sum()) for c in counts)
     causal = sum(c.causal_by_head * config.model.heads for c in counts)
@@ -54,18 +61,24 @@ def build(config: Config, weights: dict[str, torch.Tensor], device: torch.device
     return model.to(torch.bfloat16) if config.train.precision == "bf16" else model
 
 
-def gates_of(model: FoX, batch: Batch, device: torch.device) -> torch.Tensor:
-    """log_f [layers, T, H] float32 on the CPU as attention sees it: RESET at the first token of each document."""
+class _Watch(TorchDispatchMode):
+    """Keeps what attention gets of each layer, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator is torch.ops.foxdist.attention.default:
+            q, k, _, log_f = args[:4]
+            self.seen.append({"q": q[0].cpu(), "k": k[0].cpu(), "log_f": log_f[0].cpu()})
+        return operator(*args, **(kwargs or {}))
+
+
+def attended(model: FoX, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """q [layers, T, H, D] and k [layers, T, K, D] in the model's dtype and log_f [layers, T, H] float32, on the CPU, as
+    attention sees them: log_f is RESET at the first token of each document."""
     tokens, labels, starts = (x.to(device) for x in (batch.tokens, batch.labels, batch.starts))
-    layers = model.attention_layers()
-    found: list[torch.Tensor] = [torch.empty(0)] * len(layers)
-
-    def keep(layer: int, module: object, inputs: object, logit: torch.Tensor) -> None:
-        found[layer] = F.logsigmoid(logit)[0].masked_fill(starts[0, :, None], RESET).cpu()
-
-    hooks = [layer.forget_gate.register_forward_hook(partial(keep, i)) for i, layer in enumerate(layers)]
-    with torch.no_grad():
+    with torch.no_grad(), _Watch() as watch:
         model(tokens, labels, starts)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found)
+    return {name: torch.stack([layer[name] for layer in watch.seen]) for name in ("q", "k", "log_f")}
