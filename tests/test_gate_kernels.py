@@ -89,7 +89,7 @@ def test_strided_gates(view):
 @given(
     kind=REGIMES,
     log_eps=st.floats(-20, -0.5),
-    bound=st.sampled_from(["number", "scalar", "heads", "all"]),
+    bound=st.sampled_from(["number", "scalar", "heads", "all", "float32"]),
     size=st.floats(0, 60),
     piece=st.sampled_from([2, 4, 16]),
     **SIZES,
@@ -97,7 +97,9 @@ def test_strided_gates(view):
 def test_boundary(kind, log_eps, bound, size, piece, length, heads, seed):
     table = table_of(log_gates(kind, length, heads, seed))
     random = torch.rand(2, heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
-    bound = {"number": size, "scalar": random[0, 0] * size, "heads": random[0] * size, "all": random * size}[bound]
+    bound = {"number": size, "scalar": random[0, 0] * size, "heads": random[0] * size, "all": random * size}.get(
+        bound, random[0].float()
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "PIECE", piece)
         result, expected = found(table, Acp(log_eps=log_eps), bound, length)

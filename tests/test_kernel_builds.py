@@ -62,7 +62,8 @@ def gate_calls():
         log_f = torch.zeros(1, length, 2)
         c_in, table = gates.block_sums(log_f)
         gates.boundary(table, 4.0, -10.0, 7.0, 80.0)
-        gates.boundary(table, torch.ones(1, 2).double(), -10.0, 7.0, 80.0)
+        for bound in (torch.ones(1, 2), torch.ones(1, 2).double()):
+            gates.boundary(table, bound, -10.0, 7.0, 80.0)
         gates.boundary(table, 0.0, None, 7.0, 80.0)
         sums = gates.dc_sums(c_in, c_in)
         gates.gate_gradient(c_in, c_in, sums, torch.arange(sums.shape[2]), length)
@@ -73,7 +74,7 @@ def gate_calls():
         for dim in (40, 64, 128, 256):
             q = torch.zeros(1, length, 2, dim, dtype=BF16)
             tight.block_scores(q, q, c_in, 0.1, table)
-        for bound in (None, 4.0, torch.ones(1, 2).double()):
+        for bound in (None, 4.0, torch.ones(1, 2), torch.ones(1, 2).double()):
             tight.boundary(table, bound, -10.0, 80.0)
 
 

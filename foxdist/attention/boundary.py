@@ -38,7 +38,7 @@ def find_boundary(
 ) -> Boundary:
     """The sums of log_f [B, T, H] float32, and what `acp` prunes by them.
 
-    q, k: read by `bound="tight"` only. bound: U, a number or a float64 tensor that broadcasts to [B, H]; any where acp
+    q, k: read by `bound="tight"` only. bound: U, a number or a tensor that broadcasts to [B, H]; any where acp
     is None; None: not known, which only `tight` can do with. length: keys in the whole sequence.
     """
     room = reference_room(q.dtype, length)

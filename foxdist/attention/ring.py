@@ -163,11 +163,11 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
 
 
 def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float | None:
-    """U, a number or float64 and broadcastable to [B, H]: as given, or measured over all ranks; None where the rule
-    that prunes finds it in its own numbers."""
+    """U, a number or broadcastable to [B, H]: as given, or measured over all ranks; None where the rule that prunes
+    finds it in its own numbers."""
     given = call.acp.logit_bound if call.acp else 0.0
     if given is not None:
-        return given.to(q.device, torch.float64) if isinstance(given, torch.Tensor) else given
+        return given.to(q.device) if isinstance(given, torch.Tensor) else given
     if call.acp and call.acp.bound == "tight":
         return None
     norms = boundary.find_norms(q, k, call.backend)

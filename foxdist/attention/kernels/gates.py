@@ -44,8 +44,8 @@ def boundary(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """base [B, H, N + 1] float64, start [B, H, N] int32, bounded [B, H] int32, as `gates.bases` and `acp` give them.
 
-    table: [B, H, N, 2] float32 of the whole sequence. bound: U, a number or a float64 tensor that broadcasts to
-    [B, H]; not read where log_eps is None. log_eps: natural log of the weight that may be lost; None prunes nothing,
+    table: [B, H, N, 2] float32 of the whole sequence. bound: U, a number or a tensor that broadcasts to [B, H];
+    not read where log_eps is None. log_eps: natural log of the weight that may be lost; None prunes nothing,
     and bounded is 0. log_length: natural log of the sequence's keys. room: `acp.reference_room`.
     """
     rows, heads, blocks = table.shape[:3]
@@ -147,7 +147,7 @@ def _boundary(
     bounded = tl.full([], 0, tl.int32)
     if PRUNE:
         if bound_ptr is not None:
-            logit = tl.load(bound_ptr + index // heads * row_stride + index % heads * head_stride)
+            logit = tl.load(bound_ptr + index // heads * row_stride + index % heads * head_stride).to(tl.float64)
         else:
             logit = tl.full([], 0.0, tl.float64) + bound
         delta = log_eps - (2 * logit + log_length)

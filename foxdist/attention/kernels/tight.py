@@ -39,8 +39,8 @@ def boundary(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """base [B, H, N + 1] float64, start [B, H, N] int32, bounded [B, H] int32, as `gates.bases` and `tight` give them.
 
-    table: [B, H, N, 2 + SCORES] float32 of the whole sequence. bound: U, a number, a float64 tensor that broadcasts to
-    [B, H], or None. room: `acp.reference_room`.
+    table: [B, H, N, 2 + SCORES] float32 of the whole sequence. bound: U, a number, a tensor that broadcasts to [B, H],
+    or None. room: `acp.reference_room`.
     """
     rows, heads, blocks = table.shape[:3]
     base = torch.empty(rows, heads, blocks + 1, device=table.device, dtype=torch.float64)
@@ -172,7 +172,7 @@ def _boundary(
         tl.store(key_ptr + block, keys, mask=real)
     largest = query * key
     if bound_ptr is not None:
-        largest = tl.load(bound_ptr + index // heads * row_stride + index % heads * head_stride)
+        largest = tl.load(bound_ptr + index // heads * row_stride + index % heads * head_stride).to(tl.float64)
     elif bound < float("inf"):
         largest = zero + bound
     tl.store(bounded_ptr + index, (largest * (2 * LOG2_E) <= room).to(tl.int32))
