@@ -1,5 +1,8 @@
 """The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,10 +53,12 @@ def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidd
     assert graphs == 1
 
 
-def attend(rank, size, layout, schedule):
+def attend(rank, size, layout, schedule, acp):
     tensors = [shard(x, rank, size, layout).cuda() for x in inputs(2, 2048, 4, 2, 64)]
     cp = ContextParallel(dist.group.WORLD, layout, schedule)
-    acp = Acp(logit_bound=8.0)
+    certified = replace(acp, certify=200)
+    _, stats = forgetting_attention(*tensors, acp=certified, cp=cp, return_stats=True)
+    assert stats.pruned.max() <= math.exp(acp.log_eps)
     runs = [
         [
             x.cpu()
@@ -76,12 +81,12 @@ def gradients_with_slice(fn, tensors, rank, size, layout):
 
 
 @needs_two
+@pytest.mark.parametrize("acp", [Acp(logit_bound=8.0), Acp(bound="tight")], ids=["paper", "tight"])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("schedule", ["gather", "ring"])
-def test_ranks_give_what_one_process_gives(ranks, layout, schedule):
-    acp = Acp(logit_bound=8.0)
+def test_ranks_give_what_one_process_gives(ranks, layout, schedule, acp):
     expected = gradients(lambda *t: forgetting_attention(*t, acp=acp), inputs(2, 2048, 4, 2, 64))
-    answers = ranks(2, attend, layout, schedule, backend="nccl")
+    answers = ranks(2, attend, layout, schedule, acp, backend="nccl")
     for i, name in enumerate(NAMES):
         got = unshard([a[i] for a in answers], layout)
         assert relative(got, expected[i]) < (1e-4 if name == "dlog_f" else 1e-5), name

@@ -49,7 +49,7 @@ def compare(got, expected, kind="mixed"):
 def test_errors_are_no_larger_than_the_official_kernels(backend, kind, length, heads, kv_heads, dim):
     tensors = [x.cuda() for x in inputs(2, length, heads, kv_heads, dim, kind, dtype=BF16)]
     expected = gradients(tensors)
-    for acp in (None, Acp(logit_bound=1.02 * dim**0.5)):
+    for acp in (None, Acp(logit_bound=1.02 * dim**0.5), Acp(bound="tight")):
         compare(gradients(tensors, backend=backend, acp=acp), expected, kind)
 
 
