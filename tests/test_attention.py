@@ -51,14 +51,17 @@ def test_scale_may_be_any_number(scale):
     assert torch.equal(forgetting_attention(*tensors, scale=scale), forgetting_attention(*tensors, scale=2.0))
 
 
-def test_pruning_changes_gradients_by_no_more_than_eps():
+@pytest.mark.parametrize("bound", ["paper", "tight"])
+def test_pruning_changes_gradients_by_no_more_than_eps(bound):
     tensors = inputs(1, 1024, 4, kind="mixed")
-    acp = Acp(log_eps=-10.0, logit_bound=4.0)
+    acp = Acp(log_eps=-10.0, bound=bound, logit_bound=4.0)
     got = gradients(lambda *x: forgetting_attention(*x, acp=acp), tensors)
     compare(got, gradients(naive_forgetting_attention, tensors), {n: t + 2 * 4.5e-5 for n, t in TOLERANCE.items()})
 
 
-@pytest.mark.parametrize("acp", [None, Acp(logit_bound=4.0)], ids=["dense", "pruned"])
+@pytest.mark.parametrize(
+    "acp", [None, Acp(logit_bound=4.0), Acp(bound="tight")], ids=["dense", "pruned", "pruned tightly"]
+)
 def test_packed_documents_are_separate_documents(acp):
     lengths = [300, 1, 212, 511]
     tensors = inputs(1, sum(lengths), 2)
@@ -134,7 +137,7 @@ def test_what_ran_and_why_nothing_faster_did():
     assert (stats.backend, stats.reason) == ("torch", ""), "nobody asked for anything faster"
 
 
-@pytest.mark.parametrize("acp", [None, Acp(), Acp(logit_bound=4.0)])
+@pytest.mark.parametrize("acp", [None, Acp(), Acp(logit_bound=4.0), Acp(bound="tight")])
 @pytest.mark.parametrize("which", range(4))
 def test_what_is_not_finite_stays_so(which, acp):
     """It must reach the guard, which stops all ranks; an error here would stop one of them."""

@@ -24,6 +24,12 @@ and the length of its own sum of keys. S and kappa are scans of those.
 Rounding: tokens are worked on in float32, blocks in float64. Sums of up to some 1,000 products err by less than
 ROUNDING of their magnitude, and gate sums by 2^-24 of theirs; every number is moved to the safe side by that, those in
 exponents by `margin` once for all. It costs some thousandths where log_eps - 2 U - log L is about -35.
+
+Tried in float64 on the `acp` gates of foxdist.bench (16 heads of 64, normalised random q and k; tiles of local heads at
+16k and 64k tokens, of paper's): the own key alone in (2) 0.77 and 0.71; with Jensen over the block before 0.64 and
+0.58; over all blocks before, as here, 0.63 and 0.57; with each query's true product with their mean key 0.61 and 0.55,
+which takes a second exchange before the all-gather; with the keys' second moments in (1) (for x <= u,
+exp(x) <= 1 + x + x^2 (exp(u) - 1 - u) / u^2) 0.57 and 0.51, which is 1 to 2 % of all tiles, and costs as much.
 """
 
 import torch
