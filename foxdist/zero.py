@@ -62,8 +62,39 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     import_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    shares = _bf16_shares(folder)
+    if shares:
+        return _joined(shares, folder)
     with _quiet():
         return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
+def _bf16_shares(folder: Path) -> list[dict[str, Any]]:
+    """Each rank's optimizer state, in rank order, where stage 1 in bf16 wrote it: DeepSpeed has an optimizer of its own
+    for that, whose files its own conversion does not know. Empty in all other cases.
+
+    Unpickles, as DeepSpeed's conversion does: the caller has checked the files against their manifest.
+    """
+    files = folder.glob("bf16_zero_pp_rank_*_optim_states.pt")
+    shares = []
+    for path in sorted(files, key=lambda path: int(path.name.split("_")[4])):
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
+        if "param_slice_mappings" not in state or "zero_stage" in state:
+            return []
+        shares.append(state)
+    return shares
+
+
+def _joined(shares: list[dict[str, Any]], folder: Path) -> dict[str, torch.Tensor]:
+    """Parameters from the pieces that ranks hold: each rank says where in its flat groups which piece lies."""
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for state in shares:
+        for flat, places in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"]):
+            for name, place in places.items():
+                pieces.setdefault(name, []).append(flat[place.start : place.start + place.numel])
+    model = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=False)
+    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+    return {name: torch.cat(pieces[name]).view(shape) for name, shape in shapes.items()}
 
 
 def _quiet() -> contextlib.redirect_stdout:

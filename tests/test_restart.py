@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from foxdist import checkpoint
+from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
@@ -97,6 +97,32 @@ def test_every_stage_and_precision_resumes_to_the_last_bit(ranks, data, tmp_path
     values["train"]["steps"] = 6
     assert "after step 3" in ranks(2, go, values)[0]
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+def trained_weights(rank, size, values):
+    """The parameters of this process at the end of a run, or None on ranks that hold only pieces of them."""
+    config = configuration.parse(values)
+    run = training.build(config, meshes.start(config.parallel.cp, 2))
+    training.train(run)
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()} if rank == 0 else None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero, size", [(1, 1), (1, 3), (2, 2)])
+def test_weights_are_read_whatever_wrote_them(ranks, data, tmp_path, zero, size, precision):
+    """float32, of which the model's own are the rounding; stage 3 holds no whole parameters to compare with."""
+    values = tree(data, tmp_path / "run", parallel__zero=zero, train__precision=precision, train__steps=2)
+    values["train"]["tokens_per_step"] = 512 * 2 * size
+    values["optim"]["warmup_tokens"] = 0
+    trained = ranks(size, trained_weights, values)[0]
+    step, found = checkpoint.weights(run_folder.checkpoints(tmp_path / "run"))
+    assert step == 2
+    assert found.keys() == trained.keys()
+    for name, p in trained.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name].to(p.dtype), p), name
+    if precision == "bf16":
+        assert any(not torch.equal(found[name], p.float()) for name, p in trained.items()), "the masters are finer"
 
 
 @pytest.fixture(scope="module")
