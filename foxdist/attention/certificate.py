@@ -10,6 +10,7 @@ from foxdist.attention.queries import Queries
 from foxdist.attention.transport import ContextParallel, all_gather
 from foxdist.layout import BLOCK
 
+NUMBERS = 2**22  # weights that are looked at together: 32 MiB, and a few times that while they are made
 _draws = torch.Generator()  # of its own: measuring must not change what a run draws
 
 
@@ -21,42 +22,37 @@ def pruned_weight(
     k: [B, T, K, D], of this rank's tokens. start: [B, H, N], of the whole sequence. samples: queries of each rank, the
     same in every batch row and head; every second one is its block's first, which reaches back farthest.
     """
-    q, c_in, base, _, blocks, scale = queries
-    length, heads = q.shape[1:3]
+    q, blocks, length = queries.q, queries.blocks, queries.q.shape[1]
     token = torch.randint(length, (samples,), generator=_draws)
     token[::2] -= token[::2] % BLOCK
     token = token.to(q.device)
     where = blocks[token // BLOCK] * BLOCK + token % BLOCK  # in the whole sequence
-    asked = [q[:, token].double(), c_in.flatten(2)[..., token].double(), where]
+    dims = 1, 2, 0  # of the samples
+    asked = [q[:, token].double(), queries.c_in.flatten(2)[..., token].double(), where]
     if cp:
-        asked = [torch.cat(all_gather(cp, x), dim) for x, dim in zip(asked, (1, 2, 0))]
-    found = [
-        _sums(asked, k[:, :, head * k.shape[2] // heads], head, c_in, base, start, blocks, scale)
-        for head in range(heads)
-    ]
-    sums = torch.stack(found, 2)  # [2, B, H, samples]
+        asked = [torch.cat(all_gather(cp, x), dim) for x, dim in zip(asked, dims)]
+    at_once = max(1, NUMBERS // (len(q) * length))
+    parts = list(zip(*(x.split(at_once, dim) for x, dim in zip(asked, dims))))
+    by_head = [torch.cat([_sums(*part, queries, k, start, h) for part in parts], -1) for h in range(q.shape[2])]
+    sums = torch.stack(by_head, 2)  # [2, B, H, samples]
     if cp:
         sums = torch.stack(all_gather(cp, sums)).logsumexp(0)
     return (sums[1] - sums[0]).exp().amax((0, 2)).float()
 
 
 def _sums(
-    asked: list[torch.Tensor],
-    k: torch.Tensor,
-    head: int,
-    c_in: torch.Tensor,
-    base: torch.Tensor,
-    start: torch.Tensor,
-    blocks: torch.Tensor,
-    scale: float,
+    q: torch.Tensor, c: torch.Tensor, where: torch.Tensor, own: Queries, k: torch.Tensor, start: torch.Tensor, head: int
 ) -> torch.Tensor:
-    """[2, B, samples] float64: log of the sum of exp(logit) over this rank's keys k [B, T, D], and over the pruned."""
-    q, c, where = asked
+    """[2, B, samples] float64: log of the sum of exp(logit) over this rank's keys, and over those that are pruned.
+
+    q [B, samples, H, D], c [B, H, samples], where [samples]: the sampled queries, their gate sums and places.
+    """
     key = torch.arange(k.shape[1], device=k.device)
-    block = blocks[key // BLOCK]  # of each key
-    shift = base[:, head, where // BLOCK, None] - base[:, head, None, block]
-    decay = shift + c[:, head, :, None] - c_in[:, head].flatten(1)[:, None, : k.shape[1]].double()
-    logits = scale * q[:, :, head] @ k.double().mT + decay
+    block = own.blocks[key // BLOCK]  # of each key
+    shift = own.base[:, head, where // BLOCK, None] - own.base[:, head, None, block]
+    decay = shift + c[:, head, :, None] - own.c_in[:, head].flatten(1)[:, None, : len(key)].double()
+    keys = k[:, :, head * k.shape[2] // q.shape[2]].double()
+    logits = own.scale * q[:, :, head] @ keys.mT + decay
     logits = logits.masked_fill(block * BLOCK + key % BLOCK > where[:, None], -torch.inf)
     kept = block >= start[:, head, where // BLOCK, None]
     return torch.stack([logits, logits.masked_fill(kept, -torch.inf)]).logsumexp(-1)
