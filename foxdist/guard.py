@@ -1,4 +1,5 @@
-"""Stopping before a non-finite loss or gradient reaches the weights, with the place where it arose.
+"""Stopping before a non-finite loss or gradient, or what pruning falsified, reaches the weights; with the place where it
+arose.
 
 Hooks set one flag for each part of the model in forward (its output) and in backward (the gradients of its parameters),
 on the device. One small all-reduce and one read a step decide on all ranks alike.

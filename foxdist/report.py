@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         picture = chosen.output or Path("comparison.png")
         for folder, rows in runs.items():
             print(f"{folder}:\n{summary(rows)}\n")
-        compare({folder.name: rows for folder, rows in runs.items()}, picture)
+        names = [folder.name for folder in runs]
+        alike = len(set(names)) < len(names)
+        compare({str(folder) if alike else folder.name: rows for folder, rows in runs.items()}, picture)
         print(f"picture         {picture}")
         return 0
     ((folder, rows),) = runs.items()

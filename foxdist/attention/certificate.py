@@ -33,7 +33,7 @@ def pruned_weight(
         asked = [torch.cat(all_gather(cp, x), dim) for x, dim in zip(asked, dims)]
     at_once = max(1, NUMBERS // (len(q) * length))
     parts = list(zip(*(x.split(at_once, dim) for x, dim in zip(asked, dims))))
-    by_head = [torch.cat([_sums(*part, queries, k, start, h) for part in parts], -1) for h in range(q.shape[2])]
+    by_head = [torch.cat([_sums(part, queries, k, start, h) for part in parts], -1) for h in range(q.shape[2])]
     sums = torch.stack(by_head, 2)  # [2, B, H, samples]
     if cp:
         sums = torch.stack(all_gather(cp, sums)).logsumexp(0)
@@ -41,12 +41,13 @@ def pruned_weight(
 
 
 def _sums(
-    q: torch.Tensor, c: torch.Tensor, where: torch.Tensor, own: Queries, k: torch.Tensor, start: torch.Tensor, head: int
+    asked: tuple[torch.Tensor, ...], own: Queries, k: torch.Tensor, start: torch.Tensor, head: int
 ) -> torch.Tensor:
     """[2, B, samples] float64: log of the sum of exp(logit) over this rank's keys, and over those that are pruned.
 
-    q [B, samples, H, D], c [B, H, samples], where [samples]: the sampled queries, their gate sums and places.
+    asked: the sampled queries [B, samples, H, D], their gate sums [B, H, samples], and their places [samples].
     """
+    q, c, where = asked
     key = torch.arange(k.shape[1], device=k.device)
     block = own.blocks[key // BLOCK]  # of each key
     shift = own.base[:, head, where // BLOCK, None] - own.base[:, head, None, block]
