@@ -1,5 +1,4 @@
-"""Stopping before a non-finite loss or gradient, or what pruning falsified, reaches the weights; with the place where it
-arose.
+"""Stopping before a non-finite loss or gradient, or one that pruning falsified, reaches the weights, with its place.
 
 Hooks set one flag for each part of the model in forward (its output) and in backward (the gradients of its parameters),
 on the device. One small all-reduce and one read a step decide on all ranks alike.
