@@ -245,8 +245,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.set(xscale="log", ylim=(0, 1.05), title=f"{shape}: tiles of local heads, of paper's", xlabel="tokens")
         left.set_xticks(ticks, [f"{t:,}" for t in ticks])
         left.minorticks_off()
-        right.set(title=f"{shape}, {longest:,} tokens: K/V needed, % of a dense ring's", xlabel="ranks")
-        right.set_ylim(bottom=0)
+        right.set(title=f"{shape}, {longest:,} tokens: K/V, % of a dense ring's", xlabel="ranks")
+        right.set_ylim(0, 1.1 * right.dataLim.ymax if right.lines else 1)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
