@@ -111,7 +111,7 @@ class AcpSection(Section):
     """Steps between certificates: the weight really pruned from sampled queries, measured densely. More than
     exp(log_eps) ends the run. 0: never."""
     dry_run: bool = False
-    """Plan and count everything, prune nothing: what the metrics say would be kept and sent, at the price of none."""
+    """Plan and count, prune nothing: metrics show what would be kept and needed; all is computed and sent."""
 
 
 class Optim(Section):

@@ -111,6 +111,16 @@ def test_recorded_queries_and_keys_are_used(tmp_path, capsys):
     assert paper["tiles_kept(%)"] > 1.5 * drawn["tiles_kept(%)"]
 
 
+@pytest.mark.parametrize("wrong", [["--shapes", "2x32", "--kv-heads", "1"], ["--shapes", "2x16"]])
+def test_recorded_queries_and_keys_of_another_shape_are_refused(wrong, tmp_path, capsys):
+    q, k, _, log_f = inputs(1, 256, 2, 1)
+    file = tmp_path / "recorded.safetensors"
+    save_file({"log_f": log_f, "q": q, "k": k}, file)
+    arguments = ["acp", "--device", "cpu", "--gates", str(file), "--lengths", "256", *wrong]
+    assert bench.main(arguments) == 2
+    assert "use --shapes 2x16 --kv-heads 1" in capsys.readouterr().err
+
+
 def test_a_rule_that_loses_too_much_fails_the_command(monkeypatch, capsys):
     monkeypatch.setattr(acp, "pruned_weight", lambda *_: torch.tensor([1e-3]))
     arguments = ["acp", "--device", "cpu", "--shapes", "4x16", "--lengths", "512", "--ranks", "2"]

@@ -33,7 +33,6 @@ class Acp:
     """The rule that proves it; see the module's docstring."""
     logit_bound: float | torch.Tensor | None = None
     """U >= max |scale q.k|: one number, a [H] tensor, or None to measure it (`paper` over ranks: an all-reduce)."""
-
     dry_run: bool = False
     """Find what would be pruned, and count it, but prune nothing."""
     certify: int = 0

@@ -44,9 +44,10 @@ def find_boundary(
     room = reference_room(q.dtype, length)
     if _in_kernels(log_f, backend):
         from foxdist.attention.kernels import gates as kernels
-        from foxdist.attention.kernels import tight as tight_kernels
 
         if acp is not None and acp.bound == "tight":
+            from foxdist.attention.kernels import tight as tight_kernels
+
             c_in, table = kernels.block_sums(log_f, tight.SCORES)
             tight_kernels.block_scores(q, k, c_in, scale, table)
             return Boundary(c_in, *tight_kernels.boundary(whole(table), bound, acp.log_eps, room))

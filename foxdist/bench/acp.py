@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from foxdist.attention import Acp, boundary
-from foxdist.attention.acp import BOUNDS
+from foxdist.attention.acp import BOUNDS, largest_norms, measured_bound
 from foxdist.attention.certificate import pruned_weight
 from foxdist.attention.plan import make_plan
 from foxdist.attention.queries import Queries
@@ -26,6 +26,7 @@ from foxdist.bench import gates as gate_kinds
 from foxdist.bench.attention import check_gates, read_shapes
 from foxdist.bench.gates import Gates
 from foxdist.bench.measure import DTYPES, Shape
+from foxdist.bench.report import table
 from foxdist.layout import BLOCK, LAYOUTS, chunk_count
 from foxdist.options import positive
 
@@ -65,6 +66,7 @@ def run(chosen: argparse.Namespace) -> int:
     gates = gate_kinds.find(chosen.gates)
     shapes = read_shapes(chosen.shapes, chosen.kv_heads)
     check_gates(gates, shapes, chosen.lengths)
+    check_recorded(gates, shapes)
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)
     rows, begun, done = [], time.perf_counter(), 0
@@ -83,6 +85,19 @@ def run(chosen: argparse.Namespace) -> int:
         (chosen.output / "acp.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(result, chosen.output / "acp.png")
     return 1 if any(row["pruned_weight"] > math.exp(chosen.log_eps) for row in rows) else 0
+
+
+def check_recorded(gates: Gates, shapes: list[Shape]) -> None:
+    """Raises `ValueError` for recorded q and k of another shape, whose bytes would be counted wrongly."""
+    if gates.queries_and_keys:
+        q, k = gates.queries_and_keys(0)
+        recorded = Shape(q.shape[1], k.shape[1], q.shape[2])
+        for shape in shapes:
+            if shape != recorded:
+                raise ValueError(
+                    f"--shapes {shape}: q and k of --gates {gates.name} are {recorded}; must be equal; use --shapes "
+                    f"{recorded.heads}x{recorded.dim} --kv-heads {recorded.kv_heads}"
+                )
 
 
 def measure(gates: Gates, shape: Shape, length: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -139,9 +154,9 @@ def find(rule: str, group: Group, chosen: argparse.Namespace) -> tuple[torch.Ten
     scale, length = q.shape[-1] ** -0.5, q.shape[1]
     if rule == "optimum":
         return optimum(group, scale, chosen.log_eps)
-    limit = q.float().norm(dim=-1).amax(1) * k.float().norm(dim=-1).amax(1) * scale * (1 + 2e-5)
+    limit = measured_bound(largest_norms(q, k), q.shape[2], scale)
     acp = Acp(log_eps=chosen.log_eps, bound=rule)  # type: ignore[arg-type]
-    found = boundary.find_boundary(q, k, log_f, acp, limit.double(), scale, length, lambda x: x, "torch")
+    found = boundary.find_boundary(q, k, log_f, acp, limit, scale, length, lambda x: x, "torch")
     blocks = torch.arange(found.start.shape[-1], device=q.device)
     queries = Queries(q, found.c_in, found.base, found.start, blocks, scale)
     return found.start, float(pruned_weight(queries, k, found.start, chosen.samples, None).max())
@@ -202,11 +217,11 @@ def markdown(result: dict[str, Any]) -> str:
     title += f"{math.exp(setup['log_eps']):.2g}, {setup['date']}"
     columns = ["heads x dim", "tokens", "rule", "tiles kept", "local heads' tiles, of paper's"]
     columns += [f"K/V needed by {p} ranks, MiB (of a dense ring's)" for p in ranks] + ["largest weight lost"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for row in result["rows"]:
         sent = [(row["kv_needed(MiB)"][p], row["kv_dense(MiB)"][p]) for p in ranks]
         lines.append(
-            [
+            (
                 row["shape"],
                 f"{row['tokens']:,}",
                 row["rule"],
@@ -214,9 +229,9 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{row['local_tiles_of_paper']:.3f}",
                 *("-" if x is None else f"{x:,.0f} ({100 * x / dense:.1f} %)" if dense else "0" for x, dense in sent),
                 f"{row['pruned_weight']:.1e}",
-            ]
+            )
         )
-    return title + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return title + "\n\n" + table(tuple(columns), lines)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -237,10 +252,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
             mine = [row for row in rows if row["rule"] == rule]
             tokens, tiles = ([row[key] for row in mine] for key in ("tokens", "local_tiles_of_paper"))
             left.plot(tokens, tiles, marker="o", color=f"C{i}", label=rule)
-            last = [row for row in mine if row["tokens"] == longest]
-            share = [(p, 100 * x / last[0]["kv_dense(MiB)"][p]) for p, x in _sent(last) if x is not None and int(p) > 1]
-            if share:
-                right.plot(*zip(*share), marker="o", color=f"C{i}", label=rule)
+            for row in (row for row in mine if row["tokens"] == longest):
+                sent, dense = row["kv_needed(MiB)"], row["kv_dense(MiB)"]
+                ranks = [p for p in sent if sent[p] is not None and dense[p]]
+                if ranks:
+                    right.plot(ranks, [100 * sent[p] / dense[p] for p in ranks], marker="o", color=f"C{i}", label=rule)
         ticks = sorted({row["tokens"] for row in rows})
         left.set(xscale="log", ylim=(0, 1.05), title=f"{shape}: tiles of local heads, of paper's", xlabel="tokens")
         left.set_xticks(ticks, [f"{t:,}" for t in ticks])
@@ -253,7 +269,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
     grid[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _sent(rows: list[dict[str, Any]]) -> list[tuple[str, float | None]]:
-    return list(rows[0]["kv_needed(MiB)"].items()) if rows else []

@@ -59,7 +59,7 @@ def recorded(path: Path) -> Gates:
     try:
         with safe_open(path, "pt") as file:
             log_f = file.get_tensor("log_f").float()
-            more = tuple(file.get_tensor(name) for name in ("q", "k") if name in file.keys())  # noqa: SIM118
+            complete = {"q", "k"} <= set(file.keys())
     except SafetensorError as error:
         raise ValueError(
             f"{path}: {error}; must be a safetensors file with log_f [layers, T, H] or [T, H]; "
@@ -72,12 +72,16 @@ def recorded(path: Path) -> Gates:
             f"{path}: log_f is {list(log_f.shape)}; must be [layers, T, H] or [T, H] with no value above 0 or NaN"
         )
 
+    @lru_cache(maxsize=1)  # a layer is asked for by each of its heads
+    def attended(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("q")[layer], file.get_slice("k")[layer]
+
     def draw(heads: int, dim: int, length: int, seed: int) -> torch.Tensor:
         return log_f[seed % len(log_f), None, :length].contiguous()
 
     layers, length, heads = log_f.shape
-    attended = (lambda layer: (more[0][layer], more[1][layer])) if len(more) == 2 else None
-    return Gates(path.stem, draw, layers, heads, length, attended)
+    return Gates(path.stem, draw, layers, heads, length, attended if complete else None)
 
 
 def first_kept(c: torch.Tensor, delta: torch.Tensor | float) -> torch.Tensor:

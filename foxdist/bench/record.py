@@ -37,18 +37,14 @@ def run(chosen: argparse.Namespace) -> int:
     batch = one_sequence(config.data.path, open_folder(config.data.path), chosen.sequence)
     step, weights = checkpoint.weights(run_folder.checkpoints(chosen.run_dir))
     model = build(config, weights, torch.device(chosen.device))
-    seen = attended(model, batch, torch.device(chosen.device))
-    log_f = seen["log_f"]
+    names = ("q", "k", "log_f") if chosen.queries_and_keys else ("log_f",)
+    seen = attended(model, batch, torch.device(chosen.device), names)
     about = {"run": chosen.run_dir.name, "step": str(step), "sequence": str(chosen.sequence)}
-    save_file(
-        seen if chosen.queries_and_keys else {"log_f": log_f},
-        chosen.output,
-        about | {"date": time.strftime("%Y-%m-%d")},
-    )
+    save_file(seen, chosen.output, about | {"date": time.strftime("%Y-%m-%d")})
     counts = [layer.meter.take() for layer in model.attention_layers()]
     kept = sum(int(torch.as_tensor(c.kept_by_head).sum()) for c in counts)
     causal = sum(c.causal_by_head * config.model.heads for c in counts)
-    print(f"{chosen.output}: gates of step {step}, [layers, tokens, heads] = {list(log_f.shape)}")
+    print(f"{chosen.output}: gates of step {step}, [layers, tokens, heads] = {list(seen['log_f'].shape)}")
     print(f"the run's pruning keeps {100 * kept / causal:.1f} % of the tiles of this sequence")
     return 0
 
@@ -62,23 +58,24 @@ def build(config: Config, weights: dict[str, torch.Tensor], device: torch.device
 
 
 class _Watch(TorchDispatchMode):
-    """Keeps what attention gets of each layer, in their order."""
+    """Keeps what attention gets of each layer, in their order: of q, k and log_f those that are named."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
+        self.names = names
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator is torch.ops.foxdist.attention.default:
-            q, k, _, log_f = args[:4]
-            self.seen.append({"q": q[0].cpu(), "k": k[0].cpu(), "log_f": log_f[0].cpu()})
+            given = dict(zip(("q", "k", "v", "log_f"), args))
+            self.seen.append({name: given[name][0].cpu() for name in self.names})
         return operator(*args, **(kwargs or {}))
 
 
-def attended(model: FoX, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """q [layers, T, H, D] and k [layers, T, K, D] in the model's dtype and log_f [layers, T, H] float32, on the CPU, as
-    attention sees them: log_f is RESET at the first token of each document."""
+def attended(model: FoX, batch: Batch, device: torch.device, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Of q [layers, T, H, D] and k [layers, T, K, D] in the model's dtype and log_f [layers, T, H] float32 those that
+    are named, on the CPU, as attention sees them: log_f is RESET at the first token of each document."""
     tokens, labels, starts = (x.to(device) for x in (batch.tokens, batch.labels, batch.starts))
-    with torch.no_grad(), _Watch() as watch:
+    with torch.no_grad(), _Watch(names) as watch:
         model(tokens, labels, starts)
-    return {name: torch.stack([layer[name] for layer in watch.seen]) for name in ("q", "k", "log_f")}
+    return {name: torch.stack([layer[name] for layer in watch.seen]) for name in names}

@@ -38,8 +38,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{setup['device']}, torch {setup['torch']}, {setup['dtype']}, gates {setup['gates']}, "
         f"bound={setup['bound']}, matmul {result['matmul(TFLOP/s)']:.3g} TFLOP/s, {setup['date']}"
     )
-    times = _table(COLUMNS, [_cells(row, result["matmul(TFLOP/s)"]) for row in result["rows"]])
-    errors = _table(
+    times = table(COLUMNS, [_cells(row, result["matmul(TFLOP/s)"]) for row in result["rows"]])
+    errors = table(
         ("heads x dim", "tokens", "implementation", *NAMES, "check"),
         [
             (*_head(c), *(f"{c['errors'][n]:.1e}" if n in c["errors"] else "-" for n in NAMES), c["failed"] or "passed")
@@ -120,6 +120,6 @@ def _cells(row: dict[str, Any], ceiling: float) -> tuple[str, ...]:
     )
 
 
-def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [names, ("---",) * len(names), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
