@@ -62,7 +62,7 @@ def test_the_backward_operator_is_what_it_says(backend, dry_run):
     how = (-10.0, "paper", 0, dry_run, 0.25, backend, "")
     outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, *how)
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
-    arguments = (grad, *tensors[:3], *outputs[:-2], dry_run, 0.25, backend, "")
+    arguments = (grad, *tensors[:3], *outputs[:-3], dry_run, 0.25, backend, "")
     torch.library.opcheck(torch.ops.foxdist.attention_backward.default, arguments)
 
 

@@ -48,10 +48,11 @@ def tile_calls(family, dim, dtype, heads=2, borrowed=True):
     bounded, grad = torch.ones(1, heads).int(), torch.zeros_like(q)
     prepared = prepare(q, grad, c_in, c_in)
     launch.forward(family, queries, *own, bounded, None, partial=False)
-    launch.backward(family, queries, *own, prepared, None, partial=False)
+    launch.backward(family, queries, *own, prepared, own=True, partial=False)[1](None)
     if borrowed:
         launch.forward(family, queries, *lent, bounded, Partial(q.float(), c_in), partial=True)
-        launch.backward(family, queries, *lent, prepared, QueryGrads(q.float(), c_in), partial=True)
+        _, add = launch.backward(family, queries, *lent, prepared, own=False, partial=True)
+        add(QueryGrads(q.float(), c_in))
 
 
 def gate_calls():

@@ -102,7 +102,8 @@ def by_kernels(queries, pools, grad, bounded=None, partial=False):
     for i, (pool, table) in enumerate(pools):
         more = partial or i + 1 < len(pools)
         found = launch.forward(RUN["family"], queries, pool, table, bounded, found, partial=more)
-        so_far, of_pool = launch.backward(RUN["family"], queries, pool, table, prepared, so_far, partial=more)
+        of_pool, add = launch.backward(RUN["family"], queries, pool, table, prepared, own=i == 0, partial=more)
+        so_far = add(so_far)
         of_pools.append(of_pool)
     return found, so_far, of_pools
 
@@ -112,7 +113,8 @@ def by_torch(queries, pools, grad):
     found, so_far, of_pools = None, None, []
     for pool, table in pools:
         found = tiles_torch.forward(queries, pool, table, found)
-        so_far, of_pool = tiles_torch.backward(queries, pool, table, prepared, so_far)
+        of_queries, of_pool = tiles_torch.backward(queries, pool, table, prepared)
+        so_far = of_queries if so_far is None else QueryGrads(*(a + b for a, b in zip(so_far, of_queries)))
         of_pools.append(of_pool)
     return found, so_far, of_pools
 
@@ -255,7 +257,8 @@ def test_rows_that_meet_nothing_are_untouched():
     so_far = QueryGrads(torch.zeros_like(out), torch.zeros_like(lse2))
     so_far.q.view(2, 3, BLOCK, 4, -1).movedim(3, 1)[~met] = 7.0
     so_far.row[~met] = 7.0
-    got, of_pool = launch.backward(RUN["family"], queries, lent, table, prepared, so_far, partial=True)
+    of_pool, add = launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True)
+    got = add(so_far)
     assert (got.row[~met] == 7).all()
     assert (got.q.view(2, 3, BLOCK, 4, -1).movedim(3, 1)[~met] == 7).all()
     assert (got.row[met] != 0).any(-1).sum() >= 8, "all but harsh heads"
@@ -336,7 +339,8 @@ def test_gradients_match_the_definition(dtype):
         def backward(ctx, grad):
             queries = ctx.given[0]
             prepared = prepare(ctx.found.out, grad, queries.c_in, ctx.found.lse2)
-            of_queries, of_pool = launch.backward(RUN["family"], *ctx.given, prepared, None, partial=False)
+            of_pool, add = launch.backward(RUN["family"], *ctx.given, prepared, own=True, partial=False)
+            of_queries = add(None)
             dc = of_queries.row + of_pool.c_in
             totals = dc.double().sum(-1)
             later = totals.flip(-1).cumsum(-1).flip(-1) - totals

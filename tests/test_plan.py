@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foxdist.attention.exchange import make_route
+from foxdist.attention.messages import make_route
 from foxdist.attention.plan import causal_counts, choose_schedule, make_plan
 from foxdist.layout import blocks_of, chunk_count
 
@@ -72,7 +73,7 @@ def test_all_ranks_agree(case, schedule):
     size = plan.size
     total = np.zeros((size, size), int)
     for distances in plan.stages(schedule):
-        routes = [make_route(plan, r, distances, "cpu") for r in range(size)]
+        routes = [make_route(plan, r, distances, torch.device("cpu")) for r in range(size)]
         sends, receives = (np.array([getattr(r, side) for r in routes]) for side in ("sends", "receives"))
         assert np.array_equal(sends, receives.T)
         assert sends.any(), "a stage in which nothing moves"
@@ -90,7 +91,7 @@ def test_routes_move_the_right_blocks(case):
     plan = plan_of(case)
     rows, heads = plan.need.shape[:2]
     for distances in plan.stages("gather"):
-        routes = [make_route(plan, r, distances, "cpu") for r in range(plan.size)]
+        routes = [make_route(plan, r, distances, torch.device("cpu")) for r in range(plan.size)]
         messages = {}
         for r, route in enumerate(routes):
             own = blocks_of(r, plan.size, plan.blocks, plan.layout).tolist()

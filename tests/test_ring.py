@@ -4,13 +4,21 @@ import functools
 import gc
 import itertools
 import math
-import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention, naive_forgetting_attention, transport
+from foxdist.attention import (
+    RESET,
+    Acp,
+    ContextParallel,
+    forgetting_attention,
+    messages,
+    naive_forgetting_attention,
+    peer,
+)
+from foxdist.attention.pages import page_bytes
 from foxdist.layout import BLOCK, blocks_of, chunk_count, shard, unshard
 
 from cases import gradients, inputs, relative
@@ -26,11 +34,11 @@ def whole(kind, kv_heads, length=LENGTH, resets=()):
     return tensors, weight
 
 
-def attend(rank, size, case, layout, schedule, acp, overlap=True):
+def attend(rank, size, case, layout, schedule, acp, overlap=True, transport="auto"):
     """This rank's output, gradients and stats."""
     tensors, weight = whole(*case)
     tensors = [shard(x, rank, size, layout).clone().requires_grad_() for x in tensors]
-    cp = ContextParallel(dist.group.WORLD, layout, schedule, overlap)
+    cp = ContextParallel(dist.group.WORLD, layout, schedule, overlap, transport)
     out, stats = forgetting_attention(*tensors, acp=acp, cp=cp, return_stats=True)
     grads = torch.autograd.grad((out * shard(weight, rank, size, layout)).sum(), tensors)
     return [x.detach() for x in (out, *grads)], stats
@@ -61,9 +69,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
 @pytest.mark.parametrize("size, case, layout, schedule, acp", CASES, ids=lambda x: str(x)[:40])
-def test_ranks_give_what_one_process_gives(ranks, size, case, layout, schedule, acp):
-    answers = ranks(size, attend, case, layout, schedule, acp)
+def test_ranks_give_what_one_process_gives(ranks, size, case, layout, schedule, acp, transport):
+    answers = ranks(size, attend, case, layout, schedule, acp, True, transport)
     for i, (name, reference) in enumerate(zip(NAMES, expected(case, acp))):
         got = unshard([a[0][i] for a in answers], layout)
         if name == "dlog_f" and len(case) > 2:
@@ -71,22 +80,25 @@ def test_ranks_give_what_one_process_gives(ranks, size, case, layout, schedule, 
         assert relative(got, reference) < (1e-4 if name == "dlog_f" else 1e-5), name
 
 
-def attend_in_kernels(rank, size, layout, schedule):
+def attend_in_kernels(rank, size, layout, schedule, transport="auto"):
     """As `attend`, in the kernels that a GPU runs, here in Triton's interpreter: small, as that takes its time."""
     tensors = inputs(1, 512, 2, 1, 16, "mild", seed=3, dtype=torch.bfloat16)
     weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(4)).bfloat16()
     if size > 1:
         tensors = [shard(x, rank, size, layout).clone() for x in tensors]
         weight = shard(weight, rank, size, layout)
-    cp = ContextParallel(dist.group.WORLD, layout, schedule) if size > 1 else None
+    cp = ContextParallel(dist.group.WORLD, layout, schedule, True, transport) if size > 1 else None
     tensors = [x.requires_grad_() for x in tensors]
     out, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.1), cp=cp, backend="triton", return_stats=True)
     return [out.detach(), *torch.autograd.grad(out, tensors, weight)], stats.bytes_sent
 
 
-@pytest.mark.parametrize("layout, schedule", [("zigzag", "ring"), ("contiguous", "gather")])
-def test_kernels_over_ranks_give_what_they_give_on_one(ranks, layout, schedule):
-    answers = ranks(2, attend_in_kernels, layout, schedule)
+@pytest.mark.parametrize(
+    "layout, schedule, transport",
+    [("zigzag", "ring", "nccl"), ("contiguous", "gather", "nccl"), ("zigzag", "gather", "peer")],
+)
+def test_kernels_over_ranks_give_what_they_give_on_one(ranks, layout, schedule, transport):
+    answers = ranks(2, attend_in_kernels, layout, schedule, transport)
     assert any(sent for _, sent in answers), "nothing was borrowed, so nothing was tested"
     alone, _ = attend_in_kernels(0, 1, layout, schedule)
     eps = torch.finfo(torch.bfloat16).eps
@@ -229,35 +241,24 @@ def test_dense_sends_what_causality_needs(ranks):
         assert sent["forward"] == stats.bytes_sent + stats.traffic.bytes_gates
 
 
-def most_pages(rank, size, schedule):
-    """The most pages in flight or borrowed at once, of what this rank borrows and owns; forward and backward."""
-    alive, most = 0, 0
-    real = transport.Swap.__init__
-
-    def init(self, cp, rows, sends, receives):
-        nonlocal alive, most
-        real(self, cp, rows, sends, receives)
-        alive += sum(receives)
-        most = max(most, alive)
-        weakref.finalize(self._buffers[0].untyped_storage(), released, sum(receives))
-
-    def released(count):
-        nonlocal alive
-        alive -= count
-
-    transport.Swap.__init__ = init
-    try:
-        gc.collect()
-        attend(rank, size, ("open", 4), "contiguous", schedule, None)
-    finally:
-        transport.Swap.__init__ = real
-    return most, 2 * 4 * LENGTH // size // BLOCK
+def most_pages(rank, size, schedule, transport):
+    """The pages of K/V that this rank has room for at once beside its own, and how many those are."""
+    messages._buffers.clear()
+    peer._memory.cache_clear()
+    attend(rank, size, ("open", 4), "contiguous", schedule, None, True, transport)
+    if transport == "peer":
+        (memory,) = [x for x in gc.get_objects() if isinstance(x, peer._Memory) and len(x.shelves[0]) == size]
+        return sum(len(pool.k) for pool in memory.borrowed), 2 * 4 * LENGTH // size // BLOCK
+    words = page_bytes(16, 1, torch.float32) // 4
+    room = [x.numel() // words for (name, *_), x in messages._buffers.items() if name.endswith("/borrowed")]
+    return sum(room), 2 * 4 * LENGTH // size // BLOCK
 
 
-def test_a_ring_holds_two_stages_and_a_gather_all(ranks):
-    for rank, (most, own) in enumerate(ranks(4, most_pages, "ring")):
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_a_ring_holds_two_stages_and_a_gather_all(ranks, transport):
+    for rank, (most, own) in enumerate(ranks(4, most_pages, "ring", transport)):
         assert most <= 2 * own, (rank, most, own)
-    assert max(most for most, _ in ranks(4, most_pages, "gather")) > 2 * own
+    assert max(most for most, _ in ranks(4, most_pages, "gather", transport)) > 2 * own
 
 
 def reject(rank, size):

@@ -6,8 +6,9 @@ import torch
 
 from foxdist.attention.acp import Acp
 from foxdist.attention.backends import choose_backend
+from foxdist.attention.counting import own_blocks
+from foxdist.attention.exchange import resolve
 from foxdist.attention.operators import attention
-from foxdist.attention.ring import own_blocks
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.transport import ContextParallel
 from foxdist.layout import BLOCK, chunk_count
@@ -58,11 +59,13 @@ def forgetting_attention(
         acp = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cp = cp if cp is not None and cp.size > 1 else None
-    out, start, counts, pruned = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)
+    if cp is not None:
+        cp = resolve(cp, q.device)
+    out, start, counts, moved, pruned = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)
     if not return_stats:
         return out
     blocks = own_blocks(start.shape[-1], cp, start.device)
-    return out, AttentionStats(start, blocks, counts, pruned, runs.name, runs.reason)
+    return out, AttentionStats(start, blocks, counts, moved, pruned, runs.name, runs.reason)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:

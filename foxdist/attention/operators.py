@@ -25,12 +25,12 @@ from foxdist.layout import BLOCK, chunk_count
 Outputs = tuple[torch.Tensor, ...]
 
 _library = torch.library.Library("foxdist", "FRAGMENT")
-# out, lse2, c_in, base, start, schedule are those of `ring.Result`, need is that of `Plan` or [0], counts and pruned of
-# stats.py.
+# out, lse2, c_in, base, start, schedule are those of `ring.Result`, need is that of `Plan` or [0], counts, moved and
+# pruned of stats.py.
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor? bound_by_head, float? bound_number, float? log_eps, "
     "str bound, int certify, bool dry_run, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, "
-    "Tensor base, Tensor start, Tensor schedule, Tensor need, Tensor counts, Tensor pruned)",
+    "Tensor base, Tensor start, Tensor schedule, Tensor need, Tensor counts, Tensor moved, Tensor pruned)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -53,12 +53,13 @@ def attention(
     acp: Acp | None,
     cp: ContextParallel | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, start, counts, pruned), of which out is differentiable. Arguments are checked; `cp` has several ranks."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, start, counts, moved, pruned), of which out is differentiable. Arguments are checked; `cp` has several
+    ranks, and its transport is decided."""
     given = acp.logit_bound if acp else None
     by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
     eager = not torch.compiler.is_compiling() and _is_plain(q, k, v, log_f, by_head)
-    out, _, _, _, start, _, _, counts, pruned = (_Attention.apply if eager else _attention)(
+    out, _, _, _, start, _, _, counts, moved, pruned = (_Attention.apply if eager else _attention)(
         q,
         k,
         v,
@@ -73,7 +74,7 @@ def attention(
         backend,
         cp.key if cp else "",
     )
-    return out, start, counts, pruned
+    return out, start, counts, moved, pruned
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -108,10 +109,10 @@ def _forward(
     call = ring.Call(scale, acp, context_parallel(cp), backend, dry_run)
 
     def compute() -> tuple[torch.Tensor, ...]:
-        result, counts, pruned = ring.forward(q, k, v, log_f, call)
+        result, counts, moved, pruned = ring.forward(q, k, v, log_f, call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
         kept = result.out, result.lse2, result.c_in, result.base, result.start, result.schedule, need
-        return *(x.contiguous() for x in kept), counts, pruned
+        return *(x.contiguous() for x in kept), counts, moved, pruned
 
     with _as_written(q):
         return remember(compute)
@@ -125,6 +126,8 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torc
     total, need = blocks, [0]
     if spread:
         total = blocks * spread.size
+    on_host = spread is not None and spread.transport == "nccl"
+    if spread and on_host:
         need = [rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout)]
     sums = log_f.new_empty(rows, heads, blocks, BLOCK)
     words = tiles.schedule_size(backend, rows, heads, k.shape[2], blocks)
@@ -137,6 +140,7 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torc
         log_f.new_empty(words, dtype=torch.int64),
         log_f.new_empty(need, dtype=torch.int64, device="cpu"),
         log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
+        log_f.new_empty(COUNTS if spread and not on_host else 0, dtype=torch.int64),
         log_f.new_empty(heads if certify else 0),
     )
 
@@ -159,7 +163,7 @@ def _backward(
     cp: str,
 ) -> Outputs:
     spread = context_parallel(cp)
-    plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread else None
+    plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread and len(need) else None
     result = ring.Result(out, lse2, c_in, base, start, schedule, plan)
     with _as_written(q):
         gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend, dry_run))
@@ -178,10 +182,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
             forward = _forward if _is_plain(*inputs[:5]) else _attention
-            out, *rest, counts, pruned = outputs = forward(*inputs)
+            out, *rest, counts, moved, pruned = outputs = forward(*inputs)
         q, k, v, *_, ctx.dry_run, ctx.scale, ctx.backend, ctx.cp = inputs
         ctx.save_for_backward(q, k, v, out, *rest)
-        ctx.mark_non_differentiable(*rest, counts, pruned)
+        ctx.mark_non_differentiable(*rest, counts, moved, pruned)
         ctx.set_materialize_grads(False)  # of what is not differentiable, too
         return outputs
 

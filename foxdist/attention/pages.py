@@ -35,6 +35,21 @@ class Pages(NamedTuple):
         return 2 * BLOCK * self.k.shape[3] * self.k.element_size(), BLOCK * self.group * self.c_in.element_size()
 
 
+def page_bytes(dim: int, group: int, dtype: torch.dtype) -> int:
+    """Bytes of one page: K, V and the gate sums of `group` query heads."""
+    return 2 * BLOCK * dim * dtype.itemsize + BLOCK * group * 4
+
+
+def pages_in(memory: torch.Tensor, count: int, dim: int, group: int, dtype: torch.dtype) -> Pages:
+    """A pool of `count` pages of one block and head in `memory` [bytes] uint8: all K, all V, then all gate sums."""
+    kv = count * BLOCK * dim * dtype.itemsize
+    k, v, c_in = memory[: count * page_bytes(dim, group, dtype)].split([kv, kv, count * BLOCK * group * 4])
+    shape = count, BLOCK, 1, dim
+    return Pages(
+        k.view(dtype).view(shape), v.view(dtype).view(shape), c_in.view(torch.float32).view(count, group, 1, BLOCK)
+    )
+
+
 class BlockTable(NamedTuple):
     """Which blocks of the sequence a pool holds for each row and K/V head, in S slots, and the page of each."""
 

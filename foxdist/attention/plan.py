@@ -96,11 +96,16 @@ def make_plan(first: np.ndarray, blocks: int, size: int, layout: str) -> Plan:
     return Plan(size, layout, blocks, need)
 
 
+def causal_plan(rows: int, heads: int, blocks: int, size: int, layout: str) -> Plan:
+    """The plan with nothing pruned."""
+    first = np.zeros((rows, heads, chunk_count(size, layout)), np.int64)
+    return make_plan(first, blocks, size, layout)
+
+
 @lru_cache(maxsize=64)
 def causal_counts(rows: int, heads: int, blocks: int, size: int, layout: str) -> np.ndarray:
     """[P, P]: pages that causality alone makes rank i hand to rank j, the plan's counts with nothing pruned."""
-    first = np.zeros((rows, heads, chunk_count(size, layout)), np.int64)
-    return make_plan(first, blocks, size, layout).counts
+    return causal_plan(rows, heads, blocks, size, layout).counts
 
 
 def busy_distances(counts: np.ndarray, rank: int) -> int:

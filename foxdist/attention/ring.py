@@ -2,37 +2,40 @@
 
 Forward, on every rank:
 
-    gate sums of own blocks --all-gather--> bases, start -> plan of all ranks (equal everywhere)
-    post the first stage's pages
-    attention over own blocks                             | the pages travel meanwhile
-    for each stage: take its pages, post the next stage's, attention over them, merge
+    gate sums of own blocks --all-gather--> bases, start -> who needs which pages (equal everywhere)
+    pages of the first stages travel
+    attention over own blocks                             | meanwhile
+    for each stage: attention over its pages, merged; the pages of the stage after next travel
 
-Backward walks the same stages: it borrows the pages again (so that memory never exceeds two stages'), computes their
-gradients, and sends those home on the transposed route, where they are added in float32 in a fixed order. The gate's
-gradient is a suffix sum over the sequence: per-block sums are gathered, as in the forward.
+Backward walks the same stages: it borrows the pages again (so that memory never exceeds two stages') and finds their
+gradients first, which travel home while those of the own pages and of the queries are made. There they are added in
+float32 in a fixed order. The gate's gradient is a suffix sum over the sequence: per-block sums are gathered, as in the
+forward.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
-from foxdist.attention import boundary, tiles
+from foxdist.attention import boundary, streams, tiles
 from foxdist.attention.acp import Acp, measured_bound
 from foxdist.attention.certificate import pruned_weight
-from foxdist.attention.exchange import Rounds, Route, take_back
+from foxdist.attention.counting import count, own_blocks
+from foxdist.attention.exchange import Exchange
+from foxdist.attention.messages import MessageExchange
 from foxdist.attention.pages import BlockTable, Pages, own_table
-from foxdist.attention.plan import Plan, busy_distances, causal_counts, make_plan
-from foxdist.attention.queries import Queries
-from foxdist.attention.stats import Traffic, counts_of
-from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
-from foxdist.layout import blocks_of, chunk_count, unshard
+from foxdist.attention.peer import PeerExchange
+from foxdist.attention.plan import Plan, causal_plan, make_plan
+from foxdist.attention.queries import Prepared, Queries, QueryGrads
+from foxdist.attention.transport import ContextParallel, all_gather, all_max
+from foxdist.layout import chunk_count, unshard
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The options of one call, after checking: `cp` is None where one rank holds the sequence, `acp` in backward."""
+    """The options of one call, after checking: `cp` is None where one rank holds the sequence, `acp` in backward. The
+    transport of `cp` is decided."""
 
     scale: float
     acp: Acp | None
@@ -52,36 +55,41 @@ class Result:
     start: torch.Tensor  # [B, H, N] int32; a dry run does not keep to it
     schedule: torch.Tensor  # of the own pool, by `tiles.make_schedule`
     plan: Plan | None
+    """None where nothing is borrowed, or where the transport needs no plan on the host."""
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
-) -> tuple[Result, torch.Tensor, torch.Tensor]:
-    """Attention of this rank's queries, the call's `counts` (see stats.py), and the weight pruned, [0] if not asked."""
+) -> tuple[Result, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of this rank's queries; the call's `counts` and `moved` (see stats.py); the weight pruned, [0] if not
+    asked."""
     length, cp = q.shape[1], call.cp
     keys = length * (cp.size if cp else 1)
     bound = _logit_bound(q, k, call)
     c_in, base, start, bounded = boundary.find_boundary(
         q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp), call.backend
     )
-    queries, pool, own = _local(q, k, v, c_in, base, start, call)
-    plan = needed = _plan(start, k.shape[2], cp)
+    lent = torch.zeros_like(start) if call.dry_run else start
     if call.dry_run:
-        bounded, plan = torch.zeros_like(bounded), _plan(torch.zeros_like(start), k.shape[2], cp)
-    rounds = Rounds(plan, cp, pool)
-    rounds.post()
-    several = rounds.posted is not None
+        bounded = torch.zeros_like(bounded)
+    first = _first_kept(start, k.shape[2], cp)
+    queries, pool, own = _local(q, k, v, c_in, base, start, call)
     schedule = tiles.make_schedule(call.backend, queries, own)
+    needed = _plan(first, start.shape[-1], cp)
+    plan = needed
+    if needed and call.dry_run:
+        plan = causal_plan(len(needed.need), needed.need.shape[1], needed.blocks, needed.size, needed.layout)
+    exchange = _exchange(cp, plan, lent, pool, call.backend)
+    several = exchange is not None
     partial = tiles.forward(call.backend, queries, pool, own, bounded, None, schedule, partial=several)
-    while rounds.posted:
-        route, arrived = rounds.take()
-        rounds.post()
-        partial = tiles.forward(call.backend, queries, arrived, route.table, bounded, partial, partial=True)
+    for _, table, borrowed in exchange or ():
+        partial = tiles.forward(call.backend, queries, borrowed, table, bounded, partial, partial=True)
 
     result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, schedule, plan)
     samples = call.acp.certify if call.acp else 0
     pruned = pruned_weight(queries, k, start, samples, cp) if samples else base.new_empty(0, dtype=torch.float32)
-    return result, _counts(start, pool, plan, needed, cp, rounds.swaps), pruned
+    counts, moved = count(start, pool, cp, exchange, needed)
+    return result, counts, moved, pruned
 
 
 def backward(
@@ -90,32 +98,46 @@ def backward(
     """Gradients of q, k, v and log_f, in the dtype of each."""
     length, cp = q.shape[1], call.cp
     queries, pool, own = _local(q, k, v, result.c_in, result.base, result.start, call)
+    lent = torch.zeros_like(result.start) if call.dry_run else result.start
+    exchange = _exchange(cp, result.plan, lent, pool, call.backend)
     prepared = tiles.prepare(call.backend, result.out, grad, result.c_in, result.lse2)
-    rounds = Rounds(result.plan, cp, pool)
-    rounds.post()
-    several = rounds.posted is not None  # of which this rank may lend and not borrow: its own sums go on, too
-    of_queries, of_pool = tiles.backward(
-        call.backend, queries, pool, own, prepared, None, result.schedule, partial=several
-    )
-    going_home: list[tuple[Swap, Route]] = []
-    while rounds.posted:
-        route, arrived = rounds.take()
-        rounds.post()
-        of_queries, of_lent = tiles.backward(
-            call.backend, queries, arrived, route.table, prepared, of_queries, partial=True
-        )
-        for returned in going_home:  # the stage before: it travelled during this one's products
-            take_back(*returned, of_pool)
-        going_home = [(rounds.give_back(route, of_lent), route)]
-    for returned in going_home:
-        take_back(*returned, of_pool)
-
+    of_queries, of_pool = _gradients(queries, pool, own, prepared, result.schedule, exchange, call.backend)
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
     dlog_f = boundary.gate_gradient(
         of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp), call.backend
     )
     gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
     return *gradients, dlog_f
+
+
+def _gradients(
+    queries: Queries,
+    pool: Pages,
+    own: BlockTable,
+    prepared: Prepared,
+    schedule: torch.Tensor,
+    exchange: Exchange | None,
+    backend: str,
+) -> tuple[QueryGrads, Pages]:
+    """The queries' and the own pages' gradients, over all pools; borrowed pages' go home on the way."""
+    if exchange is None:
+        of_pool, add_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=False)
+        return add_own(None), of_pool
+    of_queries: QueryGrads | None = None
+    of_pool, last = pool, -1  # until the first stage
+    for stage, table, borrowed in exchange:
+        into = exchange.gradients(stage)
+        of_lent, add = tiles.backward(backend, queries, borrowed, table, prepared, own=False, partial=True, into=into)
+        exchange.give_back(stage, of_lent)
+        if of_queries is None:
+            of_pool, add_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=True)
+            of_queries = add_own(None)
+        of_queries = add(of_queries)
+        if last >= 0:
+            of_pool = exchange.take_back(last, of_pool, torch.float32)
+        last = stage
+    assert of_queries is not None, "an exchange has a stage"
+    return of_queries, exchange.take_back(last, of_pool, pool.k.dtype)
 
 
 def _local(
@@ -144,19 +166,6 @@ def _own(
     return blocks, own_table(rows, heads, blocks)
 
 
-def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
-    """[n] int64: the blocks of the sequence, of `total`, that this rank owns."""
-    where = (cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")
-    if torch.compiler.is_compiling():  # which would warn that it sees through the cache, and make them in its graph
-        return blocks_of(*where, device)
-    return _blocks_on(*where, device)
-
-
-@lru_cache(maxsize=64)
-def _blocks_on(rank: int, size: int, total: int, layout: str, device: torch.device) -> torch.Tensor:
-    return blocks_of(rank, size, total, layout).to(device)
-
-
 def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
     """Per-block values [B, H, n, ...] of all ranks, in the order of the sequence: [B, H, N, ...]."""
     return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
@@ -174,60 +183,31 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor |
     return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
 
 
-def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Plan | None:
-    """The plan of all ranks, None for one. Reads the chunks' starts to the host."""
+def _first_kept(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> streams.ToHost | None:
+    """The chunks' starts on their way to the host, where the transport makes its plan there."""
+    if cp is None or cp.transport == "peer":
+        return None
+    return streams.ToHost(first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout)))
+
+
+def _plan(first: streams.ToHost | None, blocks: int, cp: ContextParallel | None) -> Plan | None:
+    """The plan of all ranks; None if there is none on the host."""
+    return make_plan(first.numpy(), blocks, cp.size, cp.layout) if first and cp else None
+
+
+def _exchange(
+    cp: ContextParallel | None, plan: Plan | None, start: torch.Tensor, pool: Pages, backend: str
+) -> Exchange | None:
+    """The pages of this call, on their way; None if no rank of the group borrows any."""
+    in_kernels = pool.k.is_cuda or backend != "torch"
     if cp is None:
         return None
-    first = first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout))
-    return make_plan(first.cpu().numpy(), start.shape[-1], cp.size, cp.layout)
+    if plan is None:
+        return PeerExchange(cp, start, pool, in_kernels)
+    return MessageExchange(cp, plan, pool, in_kernels) if plan.counts.any() else None
 
 
 def first_of_chunks(start: torch.Tensor, kv_heads: int, chunks: int) -> torch.Tensor:
     """[B, K, chunks]: the first block that each chunk's queries keep, over the query heads of a K/V head."""
     rows, heads, blocks = start.shape
     return start[:, :, :: blocks // chunks].reshape(rows, kv_heads, heads // kv_heads, chunks).amin(2)
-
-
-def _counts(
-    start: torch.Tensor,
-    pool: Pages,
-    plan: Plan | None,
-    needed: Plan | None,
-    cp: ContextParallel | None,
-    swaps: list[Swap],
-) -> torch.Tensor:
-    rows, _, total = start.shape
-    causal, count = _causal_tiles(total, cp)
-    if not (plan and needed and cp):
-        return _counts_alone(rows * causal, rows * count).clone()
-    return counts_of(rows * causal, rows * count, _traffic(plan, needed, cp.rank, pool, swaps))
-
-
-@lru_cache(maxsize=64)
-def _counts_alone(causal: int, count: int) -> torch.Tensor:
-    return counts_of(causal, count, Traffic())
-
-
-@lru_cache(maxsize=64)
-def _causal_tiles(total: int, cp: ContextParallel | None) -> tuple[int, int]:
-    """Tiles of one head that causality allows for this rank's queries, and its query blocks."""
-    blocks = own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
-    return int((blocks + 1).sum()), len(blocks)
-
-
-def _traffic(plan: Plan, needed: Plan, rank: int, pool: Pages, swaps: list[Swap]) -> Traffic:
-    kv, gate = pool.bytes_each()
-    causal = causal_counts(*plan.need.shape[:2], plan.blocks, plan.size, plan.layout)
-    sent = sum(swap.sent_rows for swap in swaps)
-    return Traffic(
-        bytes_sent=sent * kv,
-        bytes_dense=(plan.size - 1) * plan.own * kv,
-        bytes_causal=int(causal[rank].sum()) * kv,
-        bytes_needed=int(needed.counts[rank].sum()) * kv,
-        bytes_gates=sent * gate,
-        peers=plan.size - 1,
-        pairs_sent=sum(swap.messages for swap in swaps),
-        pairs_causal=int(np.count_nonzero(causal[rank])),
-        stages_run=busy_distances(plan.counts, rank),
-        stages_causal=busy_distances(causal, rank),
-    )

@@ -46,11 +46,28 @@ COUNTS = 3 + len(fields(Traffic))
 """How many numbers `counts_of` holds."""
 
 
+def moved_of(sent: torch.Tensor, received: torch.Tensor, needed: torch.Tensor, kv: int, gate: int) -> torch.Tensor:
+    """What only the device knows of one call: [COUNTS] int64, to be added to `counts_of`.
+
+    sent, received, needed: [P - 1] pages over each ring distance. kv, gate: bytes of a page.
+    """
+    zero = sent.new_zeros((), dtype=torch.int64)
+    known = {
+        "bytes_sent": sent.sum() * kv,
+        "bytes_needed": needed.sum() * kv,
+        "bytes_gates": sent.sum() * gate,
+        "pairs_sent": (sent > 0).sum(),
+        "stages_run": (sent + received > 0).sum(),
+    }
+    return torch.stack([zero] * 3 + [known.get(field.name, zero) for field in fields(Traffic)])
+
+
 class Counted(NamedTuple):
     """What a `Meter` adds up of one call; see `AttentionStats`."""
 
     kept_by_head: torch.Tensor
     counts: torch.Tensor
+    moved: torch.Tensor
     pruned: torch.Tensor
 
 
@@ -64,6 +81,8 @@ class AttentionStats:
     """[n] int64: the query blocks that this rank owns."""
     counts: torch.Tensor
     """[COUNTS] int64 on the host, see `counts_of`."""
+    moved: torch.Tensor
+    """[COUNTS] int64 on the device, see `moved_of`, to be added to those; [0] where the host knows all."""
     pruned: torch.Tensor
     """[H] float32: the largest weight that pruning took from a sampled query, over the batch and all ranks; [0] where
     `acp.certify` asked for none."""
@@ -80,7 +99,8 @@ class AttentionStats:
     @property
     def traffic(self) -> Traffic:
         """What this rank handed to the transport."""
-        return Traffic(*self.counts[3:].tolist())
+        whole = self.counts + self.moved.cpu() if len(self.moved) else self.counts
+        return Traffic(*whole[3:].tolist())
 
     @property
     def kept_by_head(self) -> torch.Tensor:
@@ -91,7 +111,7 @@ class AttentionStats:
     @property
     def counted(self) -> Counted:
         """What a `Meter` takes."""
-        return Counted(self.kept_by_head, self.counts, self.pruned)
+        return Counted(self.kept_by_head, self.counts, self.moved, self.pruned)
 
     @property
     def tiles_kept(self) -> int:
@@ -138,10 +158,12 @@ class Meter(nn.Module):
     """
 
     kept_by_head: torch.Tensor
+    moved: torch.Tensor
     pruned: torch.Tensor
 
     def __init__(self, heads: int):
         super().__init__()
+        self.register_buffer("moved", torch.zeros(COUNTS, dtype=torch.int64), persistent=False)
         self.register_buffer("pruned", torch.full((heads,), torch.nan), persistent=False)
         self.register_buffer("kept_by_head", torch.zeros(heads, dtype=torch.int64), persistent=False)
         self.counts = torch.zeros(COUNTS, dtype=torch.int64, device="cpu")  # no buffer: it stays on the host
@@ -150,14 +172,16 @@ class Meter(nn.Module):
         """Adds one call."""
         self.kept_by_head += call.kept_by_head
         self.counts += call.counts
+        if len(call.moved):
+            self.moved += call.moved
         if len(call.pruned):
             self.pruned.copy_(self.pruned.fmax(call.pruned))
 
     def take(self) -> Counts:
         """The counts, which start again from nothing."""
-        calls, causal, blocks, *traffic = self.counts.tolist()
+        calls, causal, blocks, *traffic = (self.counts + self.moved.cpu()).tolist()
         taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic), self.pruned.clone())
-        self.counts.zero_()
-        self.kept_by_head.zero_()
+        for total in (self.counts, self.moved, self.kept_by_head):
+            total.zero_()
         self.pruned.fill_(torch.nan)
         return taken

@@ -4,12 +4,16 @@
 there on every machine.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from foxdist.attention import gates, tiles_torch
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import BlockTable, Pages
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
+
+AddQueries = Callable[[QueryGrads | None], QueryGrads]
 
 
 def make_schedule(backend: str, queries: Queries, table: BlockTable) -> torch.Tensor:
@@ -72,24 +76,36 @@ def backward(
     pool: Pages,
     table: BlockTable,
     prepared: Prepared,
-    so_far: QueryGrads | None,
     schedule: torch.Tensor | None = None,
     *,
+    own: bool,
     partial: bool,
-) -> tuple[QueryGrads, Pages]:
-    """Gradients of the attention over the pool: the queries', added to `so_far`, which is used up, and the pool's.
+    into: Pages | None = None,
+) -> tuple[Pages, AddQueries]:
+    """Gradients of the attention over the pool: the pool's, and a function that adds the queries' to what it is given.
 
-    The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part. partial:
-    sums go on, in float32; else dq, dk and dv have the inputs' dtype.
+    So what the pool's owner waits for is there first. The rank's own pool begins the queries' sum, with None.
+
+    The column part of dc stands in `c_in` of the pool's with its sign, so that dc = row part + column part. own: the
+    pool is the rank's own. partial: sums go on, in float32; else dq, dk and dv have the inputs' dtype. into: where the
+    pool's may be written, float32, contiguous; pages that no query here meets need not be.
     """
-    if not len(pool.k) and so_far is not None:
-        return so_far, Pages(*(torch.zeros_like(x, dtype=torch.float32) for x in pool))
+    if not len(pool.k):  # this rank only lends in this stage
+        return Pages(*(x.float() for x in pool)), _unchanged
     if backend == "torch":
-        of_queries, of_pool = tiles_torch.backward(queries, pool, table, prepared, so_far)
-        if partial:
-            return of_queries, of_pool
-        k, v = (x.to(pool.k.dtype) for x in (of_pool.k, of_pool.v))
-        return of_queries._replace(q=of_queries.q.to(queries.q.dtype)), of_pool._replace(k=k, v=v)
+        dtype = torch.float32 if partial else queries.q.dtype
+        of_queries, of_pool = tiles_torch.backward(queries, pool, table, prepared)
+
+        def add(so_far: QueryGrads | None) -> QueryGrads:
+            q, row = of_queries if so_far is None else (so_far.q.add_(of_queries.q), so_far.row.add_(of_queries.row))
+            return QueryGrads(q.to(dtype), row)
+
+        return of_pool._replace(k=of_pool.k.to(dtype), v=of_pool.v.to(dtype)), add
     from foxdist.attention.kernels import launch
 
-    return launch.backward(backend, queries, pool, table, prepared, so_far, schedule, partial=partial)
+    return launch.backward(backend, queries, pool, table, prepared, schedule, own=own, partial=partial, into=into)
+
+
+def _unchanged(so_far: QueryGrads | None) -> QueryGrads:
+    assert so_far is not None
+    return so_far

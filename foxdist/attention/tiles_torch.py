@@ -61,10 +61,8 @@ def forward(queries: Queries, pool: Pages, table: BlockTable, so_far: Partial | 
     return partial if so_far is None else merge(so_far, partial)
 
 
-def backward(
-    queries: Queries, pool: Pages, table: BlockTable, prepared: Prepared, so_far: QueryGrads | None
-) -> tuple[QueryGrads, Pages]:
-    """Gradients of the attention over the pool, float32: the queries', added to `so_far`, and the pool's.
+def backward(queries: Queries, pool: Pages, table: BlockTable, prepared: Prepared) -> tuple[QueryGrads, Pages]:
+    """Gradients of the attention over the pool, float32: the queries' and the pool's.
 
     The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part.
     """
@@ -92,10 +90,7 @@ def backward(
     dq, dk, dv = _tokens(dq.mul_(queries.scale), queries.q), _tokens(dk.div_(LOG2E), pool.k), _tokens(dv, pool.v)
     rows, _, count, _ = pool.c_in.shape
     column = dc.view(rows, pool.k.shape[2], count, pool.group, BLOCK).transpose(2, 3).reshape(pool.c_in.shape)
-    row = row.view(queries.c_in.shape)
-    if so_far is not None:
-        dq, row = dq.add_(so_far.q), row.add_(so_far.row)
-    return QueryGrads(dq, row), Pages(dk, dv, column)
+    return QueryGrads(dq, row.view(queries.c_in.shape)), Pages(dk, dv, column)
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:

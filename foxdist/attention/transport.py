@@ -6,6 +6,7 @@ computation, and is waited for once. What was handed to the backend is counted h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from foxdist.attention.plan import SCHEDULES, Schedule
 from foxdist.layout import LAYOUTS, Layout
 
+Transport = Literal["auto", "nccl", "peer"]
+TRANSPORTS: tuple[str, ...] = get_args(Transport)
 _known: dict[str, "ContextParallel"] = {}
 
 
@@ -24,10 +27,17 @@ class ContextParallel:
     layout: Layout = "zigzag"
     schedule: Schedule = "auto"
     overlap: bool = True
-    """False waits for every exchange where it is posted: the readable twin, with the same bits."""
+    """False waits for every message where it is posted: the readable twin, with the same bits."""
+    transport: Transport = "auto"
+    """`nccl`: messages, by whatever backend the group has. `peer`: through each other's memory, on one host. `auto`:
+    `peer` on GPUs that can, else `nccl`."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (("layout", self.layout, LAYOUTS), ("schedule", self.schedule, SCHEDULES)):
+        for name, value, known in (
+            ("layout", self.layout, LAYOUTS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("transport", self.transport, TRANSPORTS),
+        ):
             if value not in known:
                 raise ValueError(
                     f"parallel.{name}={value!r}: unknown; must be one of {', '.join(known)}; correct the name"
@@ -37,7 +47,7 @@ class ContextParallel:
     @property
     def key(self) -> str:
         """What stands for this object among the arguments of an operator, which are tensors and plain values."""
-        return f"{self.group.group_name}/{self.layout}/{self.schedule}/{self.overlap}"
+        return f"{self.group.group_name}/{self.layout}/{self.schedule}/{self.overlap}/{self.transport}"
 
     @property
     def rank(self) -> int:
@@ -48,6 +58,12 @@ class ContextParallel:
     def size(self) -> int:
         """P, the number of ranks in the group."""
         return dist.get_world_size(self.group)
+
+    def wait_for_all(self, device: torch.device) -> None:
+        """The host waits until every rank has come here and its `device` has done all it was given."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        dist.barrier(self.group)
 
 
 def context_parallel(key: str) -> ContextParallel | None:
@@ -60,12 +76,20 @@ class Swap:
 
     rows: [sum(sends), W] contiguous; the first sends[0] of them go to rank 0, the next sends[1] to rank 1, and so on.
     receives: how many come from each rank; the two sides of a pair must agree. A pair with nothing to move does not
-    communicate. All messages are one batch (one grouped NCCL launch).
+    communicate. All messages are one batch (one grouped NCCL launch). arriving: [sum(receives), W], to be written.
+    Both are in use until `wait`.
     """
 
-    def __init__(self, cp: ContextParallel, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]):
+    def __init__(
+        self,
+        cp: ContextParallel,
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        receives: Sequence[int],
+        arriving: torch.Tensor,
+    ):
         assert sum(sends) == len(rows), f"{sends=} {rows.shape=}"
-        arriving = rows.new_empty(sum(receives), *rows.shape[1:])
+        assert sum(receives) == len(arriving), f"{receives=} {arriving.shape=}"
         self.sent_rows = self.messages = 0
         operations = []
         for peer, (outgoing, incoming) in enumerate(zip(rows.split(list(sends)), arriving.split(list(receives)))):
@@ -80,7 +104,7 @@ class Swap:
                 self.sent_rows += len(outgoing)
                 self.messages += 1
         self._works = dist.batch_isend_irecv(operations) if operations else []
-        self._buffers: tuple[torch.Tensor, ...] = (arriving, rows)  # the backend uses both until the wait
+        self._buffers: tuple[torch.Tensor, ...] = (arriving, rows)
         if not cp.overlap:
             self._finish()
 

@@ -4,6 +4,7 @@ A family is a module with `forward`, `backward_kv` and `backward_q`: "triton" or
 """
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -55,33 +56,39 @@ def backward(
     pool: Pages,
     table: BlockTable,
     prepared: Prepared,
-    so_far: QueryGrads | None,
     schedule: torch.Tensor | None = None,
     *,
+    own: bool,
     partial: bool,
-) -> tuple[QueryGrads, Pages]:
-    """Gradients of the attention over the pool: the queries', added to `so_far`, which is used up, and the pool's.
+    into: Pages | None = None,
+) -> tuple[Pages, Callable[[QueryGrads | None], QueryGrads]]:
+    """Gradients of the attention over the pool: the pool's, and a function that adds the queries' to what it is given.
 
-    The column part of dc stands in `c_in` of the latter with its sign. partial: more sums follow, on both sides, and
-    gradients stay float32; else they have the inputs' dtype. Gradients of pages that no slot holds are not written.
-    schedule: as in `forward`, whose own will do.
+    The function gets None for the rank's own pool, and float32 tensors for any other, which it uses up. The column part
+    of dc stands in `c_in` of the pool's with its sign. partial: more sums follow, on both sides, and gradients stay
+    float32; else they have the inputs' dtype. into: where the pool's go, float32, contiguous; those of pages that no
+    slot holds are not written. schedule: as in `forward`, whose own will do.
     """
     queries, pool = _aligned(queries, pool)
-    own, dtype = so_far is None, queries.q.dtype
-    kept = torch.float32 if partial else dtype
-    into = so_far
+    kept = torch.float32 if partial else queries.q.dtype
     if into is None:
-        dq = torch.empty(queries.q.shape, dtype=kept, device=queries.q.device)
-        into = QueryGrads(dq, torch.empty_like(queries.c_in))
-    k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
-    of_pool = Pages(k, v, torch.empty_like(pool.c_in))
+        k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
+        into = Pages(k, v, torch.empty_like(pool.c_in))
     page = table.page.contiguous()
     if schedule is None:
         schedule = make_schedule(queries, table)
     kernels = _kernels(family, "backward")
-    kernels.backward_kv(queries, pool, schedule, page, *prepared, of_pool, own=own)
-    kernels.backward_q(queries, pool, schedule, page, *prepared, into, own=own, add=not own)
-    return into if partial else into._replace(q=into.q.to(dtype)), of_pool
+    kernels.backward_kv(queries, pool, schedule, page, *prepared, into, own=own)
+
+    def add(so_far: QueryGrads | None) -> QueryGrads:
+        assert own == (so_far is None), "every query block meets the own pool, and may meet nothing of another"
+        if so_far is None:
+            dq = torch.empty(queries.q.shape, dtype=kept, device=queries.q.device)
+            so_far = QueryGrads(dq, torch.empty_like(queries.c_in))
+        kernels.backward_q(queries, pool, schedule, page, *prepared, so_far, own=own, add=not own)
+        return so_far if partial else so_far._replace(q=so_far.q.to(kept))
+
+    return into, add
 
 
 @lru_cache

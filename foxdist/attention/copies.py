@@ -1,0 +1,56 @@
+"""Pages copied by number: gathered to be lent, fetched from other ranks, added up when their gradients come home.
+
+Plain PyTorch here, for CPUs; on a GPU each is one Triton kernel (kernels/copies.py). A row number of -1 means nothing
+is to be done for that row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from foxdist.attention.pages import Pages
+
+
+def gather(pool: Pages, lent: torch.Tensor, out: Pages, kernels: bool) -> None:
+    """Writes page lent[r] of `pool` into row r of `out`, pages of one block and head. lent: [R] int32."""
+    if kernels:
+        _kernels().gather(pool, lent, out)
+        return
+    rows = (lent >= 0).nonzero()[:, 0]
+    for x, into in zip(pool.by_page(), out):
+        place = torch.unravel_index(lent[rows].long(), x.shape[:3])
+        into[rows] = x[place].view(len(rows), *into.shape[1:])
+
+
+def fetch(sources: Sequence[Pages], source: torch.Tensor, row: torch.Tensor, out: Pages, kernels: bool) -> None:
+    """Writes row row[r] of sources[source[r]] into row r of `out`. source, row: [R] int32."""
+    if kernels:
+        _kernels().fetch(sources, source, row, out)
+        return
+    for i, pages in enumerate(sources):
+        wanted = ((source == i) & (row >= 0)).nonzero()[:, 0]
+        for x, into in zip(pages, out):
+            into[wanted] = x[row[wanted].long()]
+
+
+def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, kernels: bool) -> Pages:
+    """`total` plus, for each page of it, rows where[0, page], where[1, page], ... of `returned`, in this order.
+
+    total: gradients of a rank's own pages, float32, used up. where: [Q, pages] int32. Returns K and V in `dtype`.
+    """
+    if kernels:
+        return _kernels().add(total, where, returned, dtype)
+    for rows in where:
+        pages = (rows >= 0).nonzero()[:, 0]
+        for x, part in zip(total.by_page(), returned):
+            place = torch.unravel_index(pages, x.shape[:3])
+            x[place] = x[place] + part[rows[pages].long()].view(len(pages), *x.shape[3:])
+    return total._replace(k=total.k.to(dtype), v=total.v.to(dtype))
+
+
+def _kernels() -> Any:
+    """Imported where they are used: Triton is not there on every machine."""
+    from foxdist.attention.kernels import copies
+
+    return copies

@@ -1,0 +1,81 @@
+"""What one call keeps and sends, as the numbers of stats.py. Taking them never waits for the device."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from foxdist.attention.exchange import Exchange
+from foxdist.attention.messages import MessageExchange
+from foxdist.attention.pages import Pages
+from foxdist.attention.peer import PeerExchange
+from foxdist.attention.plan import Plan, busy_distances, causal_counts
+from foxdist.attention.stats import Traffic, counts_of, moved_of
+from foxdist.attention.transport import ContextParallel
+from foxdist.layout import blocks_of
+
+
+def count(
+    start: torch.Tensor, pool: Pages, cp: ContextParallel | None, exchange: Exchange | None, needed: Plan | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`counts` and `moved`, whose sum is what stats.py calls the counts of a call.
+
+    start: [B, H, N], what the boundary keeps. needed: the plan of that, where there is one on the host.
+    """
+    rows, _, total = start.shape
+    heads = pool.k.shape[2]
+    causal, blocks = _causal_tiles(total, cp)
+    nothing = start.new_empty(0, dtype=torch.int64)
+    if cp is None:
+        return _counts_alone(rows * causal, rows * blocks).clone(), nothing
+    kv, gate = pool.bytes_each()
+    traffic = _without_pruning(rows, heads, total, cp, kv)
+    if isinstance(exchange, MessageExchange) and needed:
+        traffic += Traffic(
+            bytes_sent=exchange.sent_pages * kv,
+            bytes_needed=int(needed.counts[cp.rank].sum()) * kv,
+            bytes_gates=exchange.sent_pages * gate,
+            pairs_sent=exchange.messages,
+            stages_run=busy_distances(exchange.plan.counts, cp.rank),
+        )
+    moved = nothing
+    if isinstance(exchange, PeerExchange):
+        moved = moved_of(exchange.needs.sent, exchange.needs.received, exchange.really_needed(start).sent, kv, gate)
+    return counts_of(rows * causal, rows * blocks, traffic), moved
+
+
+def _without_pruning(rows: int, heads: int, total: int, cp: ContextParallel, kv: int) -> Traffic:
+    """What pruning is compared with, for one rank. kv: bytes of a page's K and V."""
+    everything = causal_counts(rows, heads, total, cp.size, cp.layout)
+    return Traffic(
+        bytes_dense=(cp.size - 1) * rows * heads * (total // cp.size) * kv,
+        bytes_causal=int(everything[cp.rank].sum()) * kv,
+        peers=cp.size - 1,
+        pairs_causal=int(np.count_nonzero(everything[cp.rank])),
+        stages_causal=busy_distances(everything, cp.rank),
+    )
+
+
+def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
+    """[n] int64: the blocks of the sequence, of `total`, that this rank owns."""
+    where = (cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")
+    if torch.compiler.is_compiling():  # which would warn that it sees through the cache, and make them in its graph
+        return blocks_of(*where, device)
+    return _blocks_on(*where, device)
+
+
+@lru_cache(maxsize=64)
+def _blocks_on(rank: int, size: int, total: int, layout: str, device: torch.device) -> torch.Tensor:
+    return blocks_of(rank, size, total, layout).to(device)
+
+
+@lru_cache(maxsize=64)
+def _counts_alone(causal: int, blocks: int) -> torch.Tensor:
+    return counts_of(causal, blocks, Traffic())
+
+
+@lru_cache(maxsize=64)
+def _causal_tiles(total: int, cp: ContextParallel | None) -> tuple[int, int]:
+    """Tiles of one head that causality allows for this rank's queries, and its query blocks."""
+    blocks = own_blocks(total, cp, torch.device("cpu"))  # counting must not wait for the device
+    return int((blocks + 1).sum()), len(blocks)

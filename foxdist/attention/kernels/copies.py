@@ -1,0 +1,137 @@
+"""Copying pages by number on a GPU: `attention.copies` says what each does.
+
+Numbers are moved as they are, in the dtype of the pages; only `add` computes, in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from foxdist.attention.kernels.launcher import cdiv, launch
+from foxdist.attention.pages import Pages
+from foxdist.layout import BLOCK
+
+# Programs of `fetch`: a peer's memory is read at full speed by 32 of them (313 GB/s of 333, two H200s), and the other
+# SMs are attention's meanwhile.
+FETCHERS = 32
+WORDS = 4096  # that a fetching program has under way: 64 KiB in all would not fit its registers
+TOKENS = 32  # of a page that one program of the others takes
+
+
+def gather(pool: Pages, lent: torch.Tensor, out: Pages) -> None:
+    """See `attention.copies.gather`. pool: contiguous along D, as any K and V. out: contiguous along D and BLOCK."""
+    heads, dim = pool.k.shape[2:]
+    launch(_gather, (len(lent), BLOCK // TOKENS),
+        pool.k, pool.v, pool.c_in.contiguous(), lent, out.k, out.v, out.c_in,
+        heads, pool.c_in.shape[2], *pool.k.stride()[:3], *pool.v.stride()[:3],
+        out.k.stride(0), out.v.stride(0), out.c_in.stride(0),
+        BLOCK=BLOCK, DIM=dim, GROUP=pool.group, TOKENS=TOKENS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather(
+    k_ptr, v_ptr, c_ptr, lent_ptr, k_out, v_out, c_out, heads, blocks, k_row, k_token, k_head, v_row, v_token, v_head,
+    k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64)
+    page = tl.load(lent_ptr + r).to(tl.int64)
+    if page < 0:
+        return
+    row, head, block = page // (heads * blocks), page // blocks % heads, page % blocks
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dim = tl.arange(0, DIM)
+    there = token[:, None] * DIM + dim[None, :]
+    at = (block * BLOCK + token).to(tl.int64)[:, None]
+    tl.store(k_out + r * k_step + there, tl.load(k_ptr + row * k_row + head * k_head + at * k_token + dim[None, :]))
+    tl.store(v_out + r * v_step + there, tl.load(v_ptr + row * v_row + head * v_head + at * v_token + dim[None, :]))
+    for g in tl.static_range(GROUP):
+        c = ((row * heads + head) * GROUP + g) * blocks + block
+        tl.store(c_out + r * c_step + g * BLOCK + token, tl.load(c_ptr + c * BLOCK + token))
+
+
+def fetch(sources: Sequence[Pages], source: torch.Tensor, row: torch.Tensor, out: Pages) -> None:
+    """See `attention.copies.fetch`. All pages contiguous; the sources may be other GPUs' memory."""
+    device = out.k.device
+    pointers = _pointers(device, tuple(x.data_ptr() for pages in sources for x in pages))
+    words = [x[0].numel() * x.element_size() // 4 for x in out]
+    launch(_fetch, (min(FETCHERS, len(row)),),
+        pointers, source, row, *(x.view(torch.int32) for x in out), len(row), *words, WORDS=WORDS, num_warps=8,
+    )  # fmt: skip
+
+
+_known_pointers: dict[tuple, torch.Tensor] = {}
+
+
+def _pointers(device: torch.device, addresses: tuple[int, ...]) -> torch.Tensor:
+    """[sources, 3] int64 on the device. Sources are buffers that stay, so few are ever made."""
+    key = device, addresses
+    if key not in _known_pointers:
+        if len(_known_pointers) > 256:
+            _known_pointers.clear()
+        _known_pointers[key] = torch.tensor(addresses, dtype=torch.int64).to(device)
+    return _known_pointers[key]
+
+
+@triton.jit(do_not_specialize=["count"])
+def _fetch(
+    pointers, source_ptr, row_ptr, k_out, v_out, c_out, count, k_words, v_words, c_words, WORDS: tl.constexpr
+):  # fmt: skip
+    for r in range(tl.program_id(0), count, tl.num_programs(0)):
+        row = tl.load(row_ptr + r).to(tl.int64)
+        if row >= 0:
+            source = pointers + tl.load(source_ptr + r) * 3
+            _copy_row(source, k_out, row, r, k_words, WORDS)
+            _copy_row(source + 1, v_out, row, r, v_words, WORDS)
+            _copy_row(source + 2, c_out, row, r, c_words, WORDS)
+
+
+@triton.jit
+def _copy_row(pointer, out, row, r, words, WORDS: tl.constexpr):
+    """Row `r` of `out` is row `row` of what `pointer` points at; words: 32-bit numbers in a row."""
+    there = tl.load(pointer).to(tl.pointer_type(tl.int32))
+    there = tl.multiple_of(there, 16) + row * words
+    here = out + tl.cast(r, tl.int64) * words
+    for begin in range(0, words, WORDS):
+        lane = begin + tl.arange(0, WORDS)
+        tl.store(here + lane, tl.load(there + lane, mask=lane < words), mask=lane < words)
+
+
+def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype) -> Pages:
+    """See `attention.copies.add`. total: contiguous. returned: contiguous along D and BLOCK."""
+    heads, dim = total.k.shape[2:]
+    done = total._replace(k=torch.empty_like(total.k, dtype=dtype), v=torch.empty_like(total.v, dtype=dtype))
+    pages = where.shape[1]
+    launch(_add, (pages, cdiv(BLOCK, TOKENS)),
+        total.k, total.v, total.c_in, where, returned.k, returned.v, returned.c_in, done.k, done.v,
+        len(where), pages, heads, total.c_in.shape[2],
+        returned.k.stride(0), returned.v.stride(0), returned.c_in.stride(0),
+        BLOCK=BLOCK, DIM=dim, GROUP=total.group, TOKENS=TOKENS,
+    )  # fmt: skip
+    return done
+
+
+@triton.jit(do_not_specialize=["senders"])
+def _add(
+    k_ptr, v_ptr, c_ptr, where_ptr, k_back, v_back, c_back, k_out, v_out, senders, pages, heads, blocks,
+    k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    page = tl.program_id(0)
+    row, head, block = page // (heads * blocks), page // blocks % heads, page % blocks
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dim = tl.arange(0, DIM)[None, :]
+    at = ((row * blocks + block).to(tl.int64) * BLOCK + token)[:, None] * (heads * DIM) + head * DIM + dim
+    there = token[:, None] * DIM + dim
+    k, v = tl.load(k_ptr + at), tl.load(v_ptr + at)
+    for sender in range(senders):
+        r = tl.load(where_ptr + sender * pages + page).to(tl.int64)
+        if r >= 0:
+            k += tl.load(k_back + r * k_step + there)
+            v += tl.load(v_back + r * v_step + there)
+            for g in tl.static_range(GROUP):
+                c = (((row * heads + head) * GROUP + g) * blocks + block).to(tl.int64) * BLOCK + token
+                tl.store(c_ptr + c, tl.load(c_ptr + c) + tl.load(c_back + r * c_step + g * BLOCK + token))
+    tl.store(k_out + at, k)
+    tl.store(v_out + at, v)

@@ -1,0 +1,168 @@
+"""Exchange by messages, between any hosts: one message for each pair of ranks and stage, of needed pages only.
+
+A page in flight is one row of 32-bit words: K, V and the gate sums of its query heads. Rows are in the order of the
+plan, which both sides know. Decides nothing about what to send and computes no attention.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from foxdist.attention import copies, streams
+from foxdist.attention.pages import BlockTable, Pages, page_bytes
+from foxdist.attention.plan import Plan
+from foxdist.attention.transport import ContextParallel, Swap
+from foxdist.layout import BLOCK, blocks_of
+
+UNDER_WAY = 2  # stages whose pages are in memory at once
+_buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One stage of a plan as one rank sees it; `lent` and the borrowed pages are in message order, peer after peer."""
+
+    sends: list[int]
+    """Pages handed to each rank."""
+    receives: list[int]
+    """Pages that come from each rank."""
+    lent: torch.Tensor
+    """[M] int32: pages of this rank's own pool that travel."""
+    where: torch.Tensor
+    """[P, pages] int32: for each rank, the row of `lent` that is the own page, or -1."""
+    table: BlockTable
+    """Where the arriving pool holds its blocks."""
+
+
+def make_route(
+    plan: Plan, rank: int, distances: tuple[int, ...], device: torch.device, *users: torch.cuda.Stream
+) -> Route:
+    """The route of `rank` in the stage of `plan` that covers `distances`, made in the current stream for `users`."""
+    size, (rows, heads) = plan.size, plan.need.shape[:2]
+    nothing = np.empty((0, 3), np.int64)
+    lent = [plan.pages(rank, p) if (p - rank) % size in distances else nothing for p in range(size)]
+    borrowed = [plan.pages(p, rank) if (rank - p) % size in distances else nothing for p in range(size)]
+
+    own = blocks_of(rank, size, plan.blocks, plan.layout).numpy()
+    row, head, block = np.concatenate(lent).T
+    # The own pool is ordered (batch row, K/V head, block), blocks ascending.
+    pages = ((row * heads + head) * len(own) + np.searchsorted(own, block)).astype(np.int32)
+    sends = [len(x) for x in lent]
+    where = np.full((size, plan.own), -1, np.int32)
+    where[np.repeat(np.arange(size), sends), pages] = np.arange(len(pages))
+    return Route(
+        sends,
+        [len(x) for x in borrowed],
+        streams.to_device(pages, device, *users),
+        streams.to_device(where, device, *users),
+        BlockTable(*streams.to_device(_table_of(np.concatenate(borrowed), rows, heads, plan.blocks), device, *users)),
+    )
+
+
+def _table_of(arriving: np.ndarray, rows: int, heads: int, total: int) -> np.ndarray:
+    """[2, B, K, S] int32, the `BlockTable` of a pool that holds `arriving` [M, 3] (row, K/V head, block), in that
+    order."""
+    pages = np.lexsort(arriving.T[::-1])
+    row, head, block = arriving[pages].T
+    owner = row * heads + head  # ascending
+    counts = np.bincount(owner, minlength=rows * heads)
+    slot = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+    table = np.stack([np.full((rows * heads, counts.max()), fill, np.int32) for fill in (total, -1)])
+    table[:, owner, slot] = block, pages
+    return table.reshape(2, rows, heads, -1)
+
+
+class MessageExchange:
+    """The pages of one call, forward or backward, from the side of one rank, whose own pages are `pool`."""
+
+    def __init__(self, cp: ContextParallel, plan: Plan, pool: Pages, kernels: bool):
+        self._cp, self.plan, self._pool, self._kernels = cp, plan, pool, kernels
+        self._device = pool.k.device
+        self._stages = plan.stages(cp.schedule)
+        self._posted: list[tuple[Route, Swap]] = []
+        self._returning: list[Swap] = []
+        self.sent_pages = self.messages = 0
+        self._free = [streams.mark(self._device)] * UNDER_WAY
+        for stage in range(min(UNDER_WAY, len(self._stages))):
+            self._post(stage)
+
+    def __iter__(self) -> Iterator[tuple[int, BlockTable, Pages]]:
+        """The stages in turn: number, where the borrowed pages are, and the pages, which stay until the next."""
+        for stage in range(len(self._stages)):
+            route, swap = self._posted[stage]
+            yield stage, route.table, _solid(_pages(swap.wait(), self._pool, self._pool.k.dtype))
+            self._free[stage % UNDER_WAY] = streams.mark(self._device)
+            if stage + UNDER_WAY < len(self._stages):
+                self._post(stage + UNDER_WAY)
+
+    def _post(self, stage: int) -> None:
+        """Sends the pages that a stage lends, beside the current stream."""
+        dtype, users = self._pool.k.dtype, streams.current(self._device)
+        with streams.aside(self._device):
+            route = make_route(self.plan, self._cp.rank, self._stages[stage], self._device, *users)
+        lent = self._rows("lent", stage, len(route.lent), dtype)
+        arriving = self._rows("borrowed", stage, sum(route.receives), dtype)
+        with streams.aside(self._device):
+            streams.after(self._free[stage % UNDER_WAY])
+            copies.gather(self._pool, route.lent, _pages(lent, self._pool, dtype), self._kernels)
+            packed = streams.mark(self._device)
+            swap = Swap(self._cp, lent, route.sends, route.receives, arriving)
+        streams.after(packed)  # attention takes all SMs for as long as it runs: messages must have theirs first
+        self._posted.append((route, swap))
+        self.sent_pages += swap.sent_rows
+        self.messages += swap.messages
+
+    def gradients(self, stage: int) -> None:
+        """Gradients are packed into messages: they may be written anywhere."""
+
+    def give_back(self, stage: int, grads: Pages) -> None:
+        """Sends the gradients of a stage's pages to their owners, float32."""
+        route, _ = self._posted[stage]
+        written = streams.mark(self._device)
+        rows = self._rows("gradients", stage, sum(route.receives), torch.float32)
+        returned = self._rows("returned", stage, len(route.lent), torch.float32)
+        with streams.aside(self._device):
+            streams.after(written)
+            for x, into in zip(grads, _pages(rows, grads, torch.float32)):
+                into.copy_(x.view(into.shape))
+            packed = streams.mark(self._device)
+            self._returning.append(Swap(self._cp, rows, route.receives, route.sends, returned))
+        streams.after(packed)
+
+    def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:
+        """`total`, gradients of the own pages in float32, plus those that others gave back; K and V in `dtype`."""
+        returned = _pages(self._returning[stage].wait(), total, torch.float32)
+        return copies.add(total, self._posted[stage][0].where, returned, dtype, self._kernels)
+
+    def _rows(self, name: str, stage: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """[count, W] int32, memory of that name which stays: two of each, for stages in turn.
+
+        It grows by eighths of what a rank owns: as plans grow by little from step to step, nothing is allocated soon.
+        """
+        words = page_bytes(self._pool.k.shape[3], self._pool.group, dtype) // 4
+        key = f"{self._cp.key}/{name}", stage % UNDER_WAY, self._device
+        known = _buffers.get(key)
+        if known is None or known.numel() < count * words:
+            unit = -(-self.plan.own // 8)
+            known = torch.empty(-(-count // unit) * unit * words, dtype=torch.int32, device=self._device)
+            _buffers[key] = known
+        return known[: count * words].view(count, words)
+
+
+def _pages(words: torch.Tensor, like: Pages, dtype: torch.dtype) -> Pages:
+    """The pool of one-block rows whose bits `words` [M, W] holds: views of it, K and V in `dtype`."""
+    dim, group = like.k.shape[3], like.group
+    kv = BLOCK * dim * dtype.itemsize // 4
+    k, v, c_in = words.split([kv, kv, BLOCK * group], 1)
+    shape = BLOCK, 1, dim
+    return Pages(
+        k.view(dtype).unflatten(1, shape), v.view(dtype).unflatten(1, shape),
+        c_in.view(torch.float32).unflatten(1, (group, 1, BLOCK)),
+    )  # fmt: skip
+
+
+def _solid(pages: Pages) -> Pages:
+    """Kernels read K and V of any stride, and gate sums one after the other."""
+    return pages._replace(c_in=pages.c_in.contiguous())

@@ -1,0 +1,176 @@
+"""Exchange through each other's memory, for ranks of one host: the lender lays out what anyone needs, the borrower
+fetches it. No messages and no sizes on the host, so the host waits for nothing.
+
+    forward, and again in backward:  lender lays needed pages on a shelf       | barrier | borrower fetches its slots
+    gradients:          borrower's kernels write them where its slots can be read | barrier | lender fetches and adds
+
+Why one barrier each is enough: there are two shelves, used in turn. A rank that fills a shelf again has passed the
+barrier of the call between, at which every rank arrived after its fetches of the call before, in the order of its
+stream. Gradients have one place for each stage under way, and the same holds: a place is written again after the
+barrier of the stage between, or that of the next call's pages.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from foxdist.attention import copies, streams
+from foxdist.attention.needs import find_needs
+from foxdist.attention.pages import BlockTable, Pages, page_bytes, pages_in
+from foxdist.attention.slots import Needs, make_slots
+from foxdist.attention.symmetric import Symmetric
+from foxdist.attention.transport import ContextParallel
+
+UNDER_WAY = 2  # stages whose pages are in memory at once
+GATHERED = 2**30  # bytes of K/V: what all stages borrow together, up to which `auto` makes one of them
+
+
+class PeerExchange:
+    """The pages of one call, forward or backward, from the side of one rank, whose own pages are `pool`."""
+
+    def __init__(self, cp: ContextParallel, start: torch.Tensor, pool: Pages, kernels: bool):
+        """start: [B, H, N] int32, of the whole sequence."""
+        rows, _, heads, dim = pool.k.shape
+        shape = Shape(rows, heads, pool.group, dim, start.shape[-1], pool.k.dtype, pool.k.device)
+        self._cp, self._device, self._kernels, self._start = cp, pool.k.device, kernels, start
+        self._memory = memory = _memory(cp, shape)
+        self.needs = find_needs(start, heads, memory.slots, kernels)
+        self._arrived: list[torch.cuda.Event | None] = []
+        self._returned: list[torch.cuda.Event | None] = []
+
+        shelf = memory.shelves[next(memory.turns) % 2]
+        self._sources = shelf
+        ready = streams.mark(self._device)
+        self._free = [ready] * UNDER_WAY
+        with streams.aside(self._device):
+            streams.after(ready)
+            copies.gather(pool, self.needs.lent, shelf[cp.rank], kernels)
+            memory.shelf.barrier()
+            laid_out = streams.mark(self._device)
+        for stage in range(min(UNDER_WAY, memory.slots.stages)):
+            self._fetch(stage)
+        streams.after(laid_out)  # attention takes all SMs for as long as it runs: the copies must have theirs first
+
+    def really_needed(self, start: torch.Tensor) -> Needs:
+        """What `start` needs; what travels is that, but in a dry run."""
+        if start is self._start:
+            return self.needs
+        return find_needs(start, self._memory.heads, self._memory.slots, self._kernels)
+
+    def __iter__(self) -> Iterator[tuple[int, BlockTable, Pages]]:
+        """The stages in turn: number, where the borrowed pages are, and the pages, which stay until the next."""
+        memory = self._memory
+        for stage in range(memory.slots.stages):
+            streams.after(self._arrived[stage])
+            yield stage, memory.tables[stage], memory.borrowed[stage % UNDER_WAY]
+            self._free[stage % UNDER_WAY] = streams.mark(self._device)
+            if stage + UNDER_WAY < memory.slots.stages:
+                self._fetch(stage + UNDER_WAY)
+
+    def _fetch(self, stage: int) -> None:
+        memory = self._memory
+        with streams.aside(self._device):
+            streams.after(self._free[stage % UNDER_WAY])
+            into = memory.borrowed[stage % UNDER_WAY]
+            copies.fetch(self._sources, memory.lenders[stage], self.needs.borrowed[stage], into, self._kernels)
+            self._arrived.append(streams.mark(self._device))
+
+    def gradients(self, stage: int) -> Pages:
+        """Where the gradients of a stage's pages may be written at once, float32."""
+        return self._memory.gradients[stage % UNDER_WAY][self._cp.rank]
+
+    def give_back(self, stage: int, grads: Pages) -> None:
+        """Lets the lenders have the gradients of a stage's pages, and begins to fetch those of the own pages."""
+        memory, place = self._memory, self.gradients(stage)
+        if grads.k is not place.k:
+            for x, shared in zip(grads, place):
+                shared.copy_(x)
+        written = streams.mark(self._device)
+        with streams.aside(self._device):
+            streams.after(written)
+            memory.grads.barrier()
+            there = streams.mark(self._device)
+            back = memory.of_stage(self.needs.back, stage).flatten()
+            sources, into = memory.gradients[stage % UNDER_WAY], memory.returned[stage % UNDER_WAY]
+            copies.fetch(sources, memory.borrowers[stage], back, into, self._kernels)
+            self._returned.append(streams.mark(self._device))
+        streams.after(there)  # as above
+
+    def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:
+        """`total`, gradients of the own pages in float32, plus those that `give_back` fetched; K and V in `dtype`."""
+        memory = self._memory
+        streams.after(self._returned[stage])
+        back = memory.of_stage(self.needs.back, stage)
+        row = torch.arange(back.numel(), dtype=torch.int32, device=back.device).view_as(back)
+        where = torch.where(back >= 0, row, -1)
+        return copies.add(total, where, memory.returned[stage % UNDER_WAY], dtype, self._kernels)
+
+
+class Shape(NamedTuple):
+    """What the memory of a group depends on."""
+
+    rows: int
+    heads: int
+    """K/V heads."""
+    group: int
+    dim: int
+    blocks: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Memory:
+    """Shelves, slots and places for gradients of one shape; used by all calls of that shape in turn."""
+
+    def __init__(self, cp: ContextParallel, shape: Shape):
+        rows, heads, group, dim, blocks, dtype, device = shape
+        self.heads = heads
+        pairs = rows * heads
+        staged = _staged(cp, pairs * blocks * page_bytes(dim, 0, dtype))
+        self.slots = slots = make_slots(cp.rank, cp.size, cp.layout, blocks, staged, device)
+        own, borrowed = pairs * len(slots.own), pairs * slots.slots
+        self._per_stage = (cp.size - 1) // slots.stages  # distances
+        under_way = min(UNDER_WAY, slots.stages)
+
+        def shared(count: int, pages: int, dtype: torch.dtype) -> tuple[Symmetric, list[list[Pages]]]:
+            size = pages * page_bytes(dim, group, dtype)
+            memory = Symmetric(cp.group, count * size, device)
+            parts = [part.split(size) for part in memory.parts]
+            return memory, [[pages_in(part[i], pages, dim, group, dtype) for part in parts] for i in range(count)]
+
+        def local(pages: int, dtype: torch.dtype) -> Pages:
+            memory = torch.empty(pages * page_bytes(dim, group, dtype), dtype=torch.uint8, device=device)
+            return pages_in(memory, pages, dim, group, dtype)
+
+        self.shelf, self.shelves = shared(2, own, dtype)
+        self.grads, self.gradients = shared(under_way, borrowed, torch.float32)
+        self.borrowed = [local(borrowed, dtype) for _ in range(under_way)]
+        self.returned = [local(self._per_stage * own, torch.float32) for _ in range(under_way)]
+        self.turns = itertools.count()
+
+        self.tables = [slots.table(stage, rows, heads) for stage in range(slots.stages)]
+        lenders = slots.lender.view(slots.stages, 1, -1).expand(-1, pairs, -1)
+        self.lenders = list(lenders.flatten(1).contiguous())
+        ranks = [(cp.rank + d) % cp.size for d in range(1, cp.size)]
+        borrowers = torch.tensor(ranks, dtype=torch.int32).view(slots.stages, -1, 1).expand(-1, -1, own)
+        self.borrowers = list(borrowers.flatten(1).contiguous().to(device))
+
+    def of_stage(self, back: torch.Tensor, stage: int) -> torch.Tensor:
+        """The rows of `Needs.back` that are of one stage's distances."""
+        return back[stage * self._per_stage : (stage + 1) * self._per_stage]
+
+
+@lru_cache(maxsize=4)
+def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
+    """Every rank calls in the same order, and so lets go of another shape's memory together."""
+    cp.wait_for_all(shape.device)  # nobody reads any more what goes now
+    return _Memory(cp, shape)
+
+
+def _staged(cp: ContextParallel, bytes_of_all: int) -> bool:
+    if cp.schedule == "auto":
+        return cp.size > 3 and bytes_of_all > GATHERED
+    return cp.schedule == "ring"

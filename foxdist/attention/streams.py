@@ -1,0 +1,68 @@
+"""Work beside the current stream: where pages travel while attention runs, and numbers on their way to the host.
+
+On a GPU a stream of high priority, one for each device, and events between it and the current one. On a CPU all of this
+does nothing: what is called is done when it returns.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+def aside(device: torch.device) -> AbstractContextManager:
+    """What is launched inside runs beside the current stream, after what `after` makes it wait for and nothing else."""
+    return torch.cuda.stream(_side(device)) if device.type == "cuda" else nullcontext()
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event after all that the current stream has been given so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def after(event: torch.cuda.Event | None) -> None:
+    """The current stream goes on when `event` has happened. The host does not wait."""
+    if event is not None:
+        event.wait()
+
+
+class ToHost:
+    """A small tensor on its way to the host."""
+
+    def __init__(self, x: torch.Tensor):
+        pinned = x.is_cuda  # else the copy would wait for the device
+        self._host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=pinned)
+        self._host.copy_(x, non_blocking=True)
+        self._landed = mark(x.device)
+
+    def numpy(self) -> np.ndarray:
+        """The numbers, once they are there: waits for the copy, not for what was launched since."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        return self._host.numpy()
+
+
+def to_device(x: np.ndarray, device: torch.device, *users: torch.cuda.Stream) -> torch.Tensor:
+    """A small table on `device`, copied in the current stream without the host's waiting; `users` read it, too."""
+    host = torch.from_numpy(x)
+    if device.type != "cuda":
+        return host
+    there = host.pin_memory().to(device, non_blocking=True)
+    for stream in users:
+        there.record_stream(stream)
+    return there
+
+
+def current(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """The current stream, in a tuple; none on a CPU."""
+    return (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
+
+
+@lru_cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)

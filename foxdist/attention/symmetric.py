@@ -1,0 +1,93 @@
+"""Memory that every rank of a group on one host can read: torch's symmetric memory on GPUs, a shared file on CPUs.
+
+A rank writes its own part and reads the others'. `barrier` is what orders the two: on a GPU a kernel in the current
+stream, which the host does not wait for.
+"""
+
+import os
+import tempfile
+import uuid
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SHARED = Path("/dev/shm")  # memory, not a disk, on every Linux
+_known: dict[tuple[str, str, torch.device], "Symmetric"] = {}
+
+
+class Symmetric:
+    """`size` bytes on every rank of `group`, all of which must make it together. `parts[r]` is rank r's, as bytes."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device):
+        self.size, self._group, self._handle = size, group, None
+        if device.type == "cuda":
+            import torch.distributed._symmetric_memory as symmetric_memory
+
+            self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+            self._handle = symmetric_memory.rendezvous(self._mine, group.group_name)
+            ranks = range(dist.get_world_size(group))
+            self.parts = [self._handle.get_buffer(r, (size,), torch.uint8) for r in ranks]
+        else:
+            self.parts = _shared_files(group, size)
+
+    def barrier(self) -> None:
+        """Nothing that follows, in the current stream, begins before all ranks have come here and what they wrote
+        before is there to be read."""
+        if self._handle is not None:
+            self._handle.barrier(channel=0)
+        else:
+            dist.barrier(self._group)
+
+
+def symmetric(name: str, group: dist.ProcessGroup, size: int, device: torch.device) -> Symmetric:
+    """The memory of that name, of at least `size` bytes on every rank; every rank calls, with the same size.
+
+    It stays for the next call, which makes another only if it asks for more.
+    """
+    key = name, group.group_name, device
+    known = _known.get(key)
+    if known is None or known.size < size:
+        if device.type == "cuda" and known is not None:
+            torch.cuda.synchronize(device)  # nobody reads what is about to go
+            dist.barrier(group)
+        _known[key] = Symmetric(group, size, device)
+    return _known[key]
+
+
+@lru_cache
+def reachable(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why the ranks of `group` cannot read each other's memory; empty if they can. Every rank must call."""
+    name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    peers: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
+    dist.all_gather_object(peers, (name, device.index or 0), group=group)
+    if len({host for host, _ in peers}) > 1:
+        return "its ranks are on several hosts"
+    if device.type != "cuda":
+        return ""
+    unseen = [i for _, i in peers if i >= torch.cuda.device_count()]
+    mine = not unseen and all(i == device.index or torch.cuda.can_device_access_peer(device, i) for _, i in peers)
+    agreed = [False] * len(peers)
+    dist.all_gather_object(agreed, mine, group=group)
+    if all(agreed):
+        return ""
+    if unseen:
+        return "each rank sees only its own GPU, as CUDA_VISIBLE_DEVICES has it"
+    return "the GPUs of its ranks cannot read each other's memory"
+
+
+def _shared_files(group: dist.ProcessGroup, size: int) -> list[torch.Tensor]:
+    """Every rank's part, mapped into this process. The files have no name any more when all have opened them."""
+    names: list[str] = [""] * dist.get_world_size(group)
+    folder = SHARED if os.access(SHARED, os.W_OK) else Path(tempfile.gettempdir())
+    mine = folder / f"foxdist-{uuid.uuid4().hex}"
+    mine.touch(mode=0o600)
+    os.truncate(mine, size)
+    try:
+        dist.all_gather_object(names, str(mine), group=group)
+        parts = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
+        dist.barrier(group)
+    finally:
+        mine.unlink()
+    return parts
