@@ -16,12 +16,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from foxdist import mesh as meshes
+from foxdist.attention.backends import choose_backend
 from foxdist.bench.gates import REGIMES
 from foxdist.config import Config
 from foxdist.data.loader import Batch, shifted
 from foxdist.mesh import Mesh
 from foxdist.model import FoX
-from foxdist.train import Trainer, collect, make_model, make_trainer, train_step
+from foxdist.train import Trainer, check_machine, collect, make_model, make_trainer, train_step
 
 GATES = {"initial": None, "opened": "acp"}  # the regime of bench.gates that the biases are set to
 UNSAID = {"tokens", "tokens/s"}  # of the run, and of all ranks
@@ -35,11 +36,27 @@ class Cell(NamedTuple):
     gates: str
     """Of `GATES`."""
     config: Config
+    """With one micro-batch or more a step; `data.path` and `train.run_dir` are not looked at."""
     warmup: int
     """Steps before the timed ones."""
     steps: int
     profile: Path | None = None
     """Where a Chrome trace of one more step goes."""
+
+
+def look(cells: list[Cell]) -> dict[str, str]:
+    """The device, and what attention runs in there. Raises `ConfigError` for what this machine cannot run.
+
+    Every rank calls.
+    """
+    device = _mesh(cells[0].config).device  # makes the rank's own GPU the current one
+    backends = set()
+    for config in (cell.config for cell in cells):
+        check_machine(config)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        backends.add(choose_backend(config.model.backend, device, dtype, config.model.head_dim).name)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return {"device": name, "attention": "/".join(sorted(backends))}
 
 
 def measure(cell: Cell) -> dict[str, Any]:

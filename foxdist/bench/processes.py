@@ -1,4 +1,4 @@
-"""A function on several ranks of this host, each a process. They stay for the next call, unless one has failed.
+"""Functions on several ranks of this host, each a process. They stay for the next call, unless one has failed.
 
 A rank that fails leaves the others waiting for it inside a collective, so all are ended then, and the next call starts
 new ones. Nothing of this process touches a GPU.
@@ -11,11 +11,15 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-KEPT_BYTES = 2**26  # of a GPU's memory that a call may leave behind; more, and the ranks are started anew
+from foxdist.config import ConfigError
+
+T = TypeVar("T")
+
+LEFT = 2**28  # bytes of its GPU that a rank may hold after a call, as cuBLAS does; more, and all are started anew
 
 
 class RankError(RuntimeError):
@@ -27,24 +31,24 @@ class OutOfMemory(RankError):
 
 
 class Processes:
-    """`Processes(ranks, fn)(argument)`: what `fn(argument)` returns on rank 0. `fn` is a module's own, and pickles."""
+    """`Processes(ranks)(fn, argument)`: what `fn(argument)` returns on rank 0. Both pickle: `fn` is a module's own."""
 
-    def __init__(self, ranks: int, fn: Callable[[Any], Any]):
-        self._ranks, self._fn = ranks, fn
+    def __init__(self, ranks: int):
+        self._ranks = ranks
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
-    def __call__(self, argument: Any) -> Any:
-        """Raises `OutOfMemory`, or `RankError` for anything else that happened on a rank."""
+    def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
+        """Raises a `ConfigError` of a rank, `OutOfMemory`, or `RankError` for anything else that happened there."""
         if not self._workers:
             self._start()
         for _, pipe in self._workers:
-            pipe.send(argument)
+            pipe.send((fn, argument))
         try:
             answers = self._answers()
         except BaseException:
             self.stop()
             raise
-        if any(left > KEPT_BYTES for _, left in answers):
+        if any(left > LEFT for _, left in answers):
             self.stop()
         return answers[0][0]
 
@@ -63,7 +67,7 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         for rank in range(self._ranks):
             here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, self._ranks, port, self._fn, there), daemon=True)
+            worker = context.Process(target=_serve, args=(rank, self._ranks, port, there), daemon=True)
             worker.start()
             there.close()  # so that a rank's end is the end of its pipe
             self._workers.append((worker, here))
@@ -83,21 +87,23 @@ class Processes:
                     worker.join()
                     raise RankError(f"rank {rank} ended with status {worker.exitcode}") from None
                 if failed:
-                    raise failed(f"rank {rank}: {value}")
+                    raise failed(value if failed is ConfigError else f"rank {rank}: {value}")
                 answers[rank] = value, left
         return [answers[rank] for rank in range(self._ranks)]
 
 
-def _serve(rank: int, ranks: int, port: int, fn: Callable[[Any], Any], pipe: Connection) -> None:
+def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
         try:
-            argument = pipe.recv()
+            fn, argument = pipe.recv()
         except EOFError:  # the process that asks has gone
             return
         try:
             value = fn(argument)
+        except ConfigError as error:
+            pipe.send((ConfigError, str(error), 0))
         except Exception as error:
             pipe.send((OutOfMemory if _out_of_memory(error) else RankError, traceback.format_exc(), 0))
         else:

@@ -17,14 +17,11 @@ import torch
 
 from foxdist import config as configuration
 from foxdist import mesh as meshes
-from foxdist.attention.backends import choose_backend
 from foxdist.bench import train_report as report
-from foxdist.bench.cells import GATES, Cell, measure
+from foxdist.bench.cells import GATES, Cell, look, measure
 from foxdist.bench.gates import REGIMES
 from foxdist.bench.processes import OutOfMemory, Processes, RankError
-from foxdist.config import Config
 from foxdist.options import positive
-from foxdist.train import check_machine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_OFF = {"on": True, "off": False}
@@ -57,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add = parser.add_argument
     add("--models", nargs="+", default=["fox_pro_125m"], metavar="NAME|FILE", help="of configs/, or a YAML file")
-    add("--lengths", type=positive, nargs="+", default=[16384], metavar="T", help="tokens of a sequence")
+    add("--lengths", type=positive, nargs="+", metavar="T", help="tokens of a sequence; default: 16384")
     add("--cp", type=positive, nargs="+", default=[1], metavar="P", help="ranks that share a sequence")
     add("--zero", type=int, nargs="+", default=[1], choices=[1, 2, 3])
     add("--acp", nargs="+", default=["on", "off"], choices=ON_OFF)
@@ -71,8 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="initial: a new model's, all local; opened: 30 %% of the tiles of 16,384 tokens are kept; default: opened",
     )
     add("--ranks", type=positive, metavar="N", help="processes, one a GPU; default: the largest --cp")
-    add("--warmup", type=positive, default=3, metavar="N", help="steps before the timed ones; default: %(default)s")
-    add("--steps", type=positive, default=8, metavar="N", help="timed steps; default: %(default)s")
+    add("--warmup", type=positive, metavar="N", help="steps before the timed ones; default: 3, with --longest 1")
+    add("--steps", type=positive, metavar="N", help="timed steps; default: 8, with --longest 1")
     add("--profile", type=Path, metavar="FILE", help="of one configuration, also the longest kernels; a Chrome trace")
     add("--longest", action="store_true", help="search the longest sequence that trains, in place of --lengths")
     add("--up-to", type=positive, default=2**21, metavar="T", help="where --longest ends; default: %(default)s")
@@ -87,24 +84,19 @@ def run(chosen: argparse.Namespace) -> int:
     """
     if meshes.world_from_environment() > 1:
         raise ValueError("train: started on several ranks by a launcher; must be one process; use --ranks N")
-    _check(chosen)
     ranks = chosen.ranks or max(chosen.cp)
-    gpus = torch.cuda.device_count()
-    if gpus and ranks > gpus:
-        raise ValueError(f"--ranks {ranks}: this host has {gpus} GPUs; must be at most that; lower --ranks or --cp")
+    _check(chosen, ranks)
     points = list(_points(chosen))
-    lengths = [UNIT * point.cp for point in points] if chosen.longest else chosen.lengths
-    cells = [_cell(point, length, ranks, chosen) for point in points for length in lengths]
+    cells = [_cell(point, length, ranks, chosen) for point in points for length in _lengths(point, chosen)]
     for cell in cells:
-        check_machine(cell.config)
         _check_gates(cell)
     if chosen.profile and (chosen.longest or len(cells) > 1):
         raise ValueError(f"--profile {chosen.profile}: of {len(cells)} configurations; must be one; choose one")
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
-    result: dict[str, Any] = {"setup": _setup(chosen, ranks, cells), "rows": []}
-    call = Processes(ranks, measure)
+    call = Processes(ranks)
     try:
+        result: dict[str, Any] = {"setup": call(look, cells) | _setup(chosen, ranks, cells), "rows": []}
         for row in _rows(points, chosen, ranks, call):
             result["rows"].append(row)
             if chosen.output:
@@ -120,6 +112,11 @@ def _points(chosen: argparse.Namespace) -> Iterator[Point]:
     axes = (chosen.models, chosen.cp, chosen.zero, chosen.checkpointing, chosen.compile, chosen.gates, chosen.acp)
     for model, cp, zero, checkpointing, compiled, gates, acp in itertools.product(*axes):
         yield Point(model, cp, zero, acp, checkpointing, compiled, gates)
+
+
+def _lengths(point: Point, chosen: argparse.Namespace) -> list[int]:
+    """Of the rows; with --longest, the first that is tried."""
+    return [UNIT * point.cp] if chosen.longest else chosen.lengths or [UNIT]
 
 
 def _cell(point: Point, length: int, ranks: int, chosen: argparse.Namespace) -> Cell:
@@ -140,7 +137,8 @@ def _cell(point: Point, length: int, ranks: int, chosen: argparse.Namespace) -> 
         tokens = length * config.train.micro_batch * (ranks // point.cp)
         config = configuration.load(path, [*overrides, f"train.tokens_per_step={tokens}"])
     configuration.check_world(config, ranks)
-    return Cell(point.model, point.gates, config, chosen.warmup, chosen.steps, chosen.profile)
+    warmup, steps = (1, 1) if chosen.longest else (3, 8)
+    return Cell(point.model, point.gates, config, chosen.warmup or warmup, chosen.steps or steps, chosen.profile)
 
 
 def _file(model: str) -> Path:
@@ -152,12 +150,20 @@ def _file(model: str) -> Path:
     return path
 
 
-def _check(chosen: argparse.Namespace) -> None:
-    """Mistakes that no configuration sees."""
+def _check(chosen: argparse.Namespace, ranks: int) -> None:
+    """Mistakes that no configuration sees. Does not touch a GPU: what this process holds there, no rank can have."""
+    gpus = torch.cuda.device_count()
+    if gpus and ranks > gpus:
+        raise ValueError(f"--ranks {ranks}: this host has {gpus} GPUs; must be at most that; lower --ranks or --cp")
+    for cp in chosen.cp:
+        if ranks % cp:
+            raise ValueError(f"--cp {cp}: does not divide {ranks} ranks; must do so; change it or --ranks")
     for text in chosen.overrides:
         name = text.partition("=")[0]
         if name in AXES:
             raise ValueError(f"{text}: is set by an option here; must be left out; use {AXES[name]}")
+    if chosen.longest and chosen.lengths:
+        raise ValueError(f"--lengths {chosen.lengths[0]}: --longest searches it; must be left out; use --up-to")
     if chosen.longest and chosen.up_to < UNIT * max(chosen.cp):
         least = UNIT * max(chosen.cp)
         raise ValueError(f"--up-to {chosen.up_to}: shorter than the first sequence; must be at least {least}; raise it")
@@ -177,27 +183,18 @@ def _check_gates(cell: Cell) -> None:
 
 
 def _setup(chosen: argparse.Namespace, ranks: int, cells: list[Cell]) -> Row:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precisions = {cell.config.train.precision for cell in cells}
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "ranks": ranks,
-        "precision": "/".join(sorted(precisions)),
-        "attention": "/".join(sorted({_backend(cell.config, device) for cell in cells})),
+        "precision": "/".join(sorted({cell.config.train.precision for cell in cells})),
         "overrides": chosen.overrides,
-        "warmup": chosen.warmup,
-        "steps": chosen.steps,
+        "warmup": cells[0].warmup,
+        "steps": cells[0].steps,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _backend(config: Config, device: torch.device) -> str:
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return choose_backend(config.model.backend, device, dtype, config.model.head_dim).name
-
-
-def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Callable[[Cell], Row]) -> Iterator[Row]:
+def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Processes) -> Iterator[Row]:
     """One after the other, each as soon as it is measured."""
     for point in points:
 
@@ -207,19 +204,24 @@ def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Cal
         if chosen.longest:
             yield longest(measured, UNIT * point.cp, chosen.up_to)
         else:
-            yield from map(measured, chosen.lengths)
+            yield from map(measured, _lengths(point, chosen))
 
 
-def _row(point: Point, length: int, cell: Cell, call: Callable[[Cell], Row]) -> Row:
+def _row(point: Point, length: int, cell: Cell, call: Processes) -> Row:
     row = vars(point) | {"tokens": length, "failed": None}
     label = ", ".join(f"{name} {value}" for name, value in row.items() if name != "failed")
     print(f"measuring {label}", file=sys.stderr, flush=True)
     try:
-        return row | call(cell)
+        row |= call(measure, cell)
+        print(
+            f"  {row['tokens/s/GPU']:,.0f} tokens/s/GPU, {report.peak_memory(row):.1f} GiB", file=sys.stderr, flush=True
+        )
+        return row
     except OutOfMemory:
+        print("  out of memory", file=sys.stderr, flush=True)
         return row | {"failed": report.OUT_OF_MEMORY}
     except RankError as error:  # one that fails must not cost the others' numbers
-        print(error, file=sys.stderr)
+        print(error, file=sys.stderr, flush=True)
         return row | {"failed": str(error).strip().splitlines()[-1][:200]}
 
 
@@ -229,17 +231,16 @@ def longest(measured: Callable[[int], Row], unit: int, limit: int) -> Row:
     Doubles while it fits, then halves the gap, to an eighth of the length. `does_not_fit`: the shortest that ran out of
     memory, or None. Another failure ends the search, and is its row.
     """
-    best, failed = measured(unit), None
-    if best["failed"]:
-        return best | {"does_not_fit": unit if best["failed"] == report.OUT_OF_MEMORY else None}
-    fits, end = 1, limit // unit
-    while fits < (failed or end + 1) - 1 and (failed is None or failed - fits > max(1, fits // 8)):
-        length = min(2 * fits, end) if failed is None else (fits + failed) // 2
+    best: Row | None = None
+    fits, fails, end = 0, 0, limit // unit  # in units; 0: none yet
+    while fits < end and (not fails or fails - fits > max(1, fits // 8)):
+        length = (fits + fails) // 2 if fails else min(max(1, 2 * fits), end)
         row = measured(length * unit)
         if row["failed"] is None:
             best, fits = row, length
         elif row["failed"] == report.OUT_OF_MEMORY:
-            failed = length
+            best, fails = best or row, length
         else:
             return row | {"does_not_fit": None}
-    return best | {"does_not_fit": failed and failed * unit}
+    assert best is not None, "the limit is at least one unit"
+    return best | {"does_not_fit": fails * unit or None}

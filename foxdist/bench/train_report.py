@@ -58,7 +58,7 @@ def peak_memory(row: Row) -> float:
 
 
 def _cells(row: Row, columns: int) -> tuple[str, ...]:
-    head = tuple(f"{row[name]:,}" if name == "tokens" else str(row[name]) for name in POINT)
+    head = tuple(f"{row[name]:,}" if name == "tokens" else _plain(name, row[name]) for name in POINT)
     beyond = [_length(row["does_not_fit"])] if "does_not_fit" in row else []
     if row["failed"] is not None:
         return (*head, row["failed"].replace("|", "/"), *["-"] * (columns - len(head) - 1 - len(beyond)), *beyond)
@@ -120,5 +120,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _label(name: str, value: Any) -> str:
-    plain = {"model": f"{value}", "tokens": f"{value:,}" if name == "tokens" else ""}
-    return plain.get(name) or f"{name} {value}"
+    if name == "model":
+        return _plain(name, value)
+    return f"{value:,} tokens" if name == "tokens" else f"{name} {value}"
+
+
+def _plain(name: str, value: Any) -> str:
+    """Of a file, its name alone."""
+    return Path(value).stem if name == "model" else str(value)
