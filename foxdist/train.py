@@ -48,20 +48,26 @@ CERTIFIED = 64  # queries of each rank, row and head that a certificate looks at
 
 
 @dataclass
-class Run:
-    """Everything a step needs. Built once, by `build`."""
+class Trainer:
+    """What a step needs; neither data nor a run folder. Built once, by `make_trainer`."""
 
     config: Config
     mesh: Mesh
     accumulation: int
     model: FoX
     engine: Any
-    loader: Loader
     guard: Guard
     clock: Clock
+    step: int = 0
+
+
+@dataclass(kw_only=True)
+class Run(Trainer):
+    """A trainer with its data and its run folder. Built once, by `build`."""
+
+    loader: Loader
     lock: TextIO | None
     """On rank 0: the run folder is this job's as long as this is open."""
-    step: int = 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,6 +134,14 @@ def check_before_start(config: Config, world: int) -> None:
             f"model.vocab={config.model.vocab}: smaller than the {prepared.vocab} tokens of {config.data.path} "
             f"({prepared.tokenizer} tokenizer); must be at least that; set model.vocab={prepared.vocab}"
         )
+    check_machine(config)
+    steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
+    check_wandb(config)
+    run_folder.check(config)
+
+
+def check_machine(config: Config) -> None:
+    """Mistakes that depend on this machine and on nothing prepared. Raises `ConfigError`."""
     if config.parallel.transport == "nccl" and not torch.cuda.is_available():
         raise ConfigError(
             "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
@@ -145,29 +159,13 @@ def check_before_start(config: Config, world: int) -> None:
             choose_backend(config.model.backend, device, dtype, config.model.head_dim)
         except ValueError as error:
             raise ConfigError(f"model.{error}") from error
-    steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
-    check_wandb(config)
-    run_folder.check(config)
 
 
 def build(config: Config, mesh: Mesh) -> Run:
     """Model, engine and data, restored from the newest checkpoint if there is one."""
-    _, accumulation = configuration.check_world(config, mesh.world)
     lock = meshes.on_rank_0(lambda: run_folder.take(config))
-    torch.manual_seed(config.train.seed)
-    options = config.parallel
-    cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
-    model = FoX(
-        config.model,
-        acp=pruning(config.acp),
-        cp=cp,
-        activation_checkpointing=config.train.activation_checkpointing,
-    ).to(mesh.device)
-    engine = make_engine(model, make_optimizer(model, config.optim, mesh.device), config, accumulation)
-    if config.train.compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True)  # in place: parameters keep their names, so checkpoints stay the same
-    per_group = config.train.micro_batch * accumulation
+    trainer = make_trainer(make_model(config, mesh), config, mesh)
+    per_group = config.train.micro_batch * trainer.accumulation
     loader = Loader(
         config.data.path,
         open_folder(config.data.path),
@@ -178,14 +176,37 @@ def build(config: Config, mesh: Mesh) -> Run:
         seed=config.train.seed,
         workers=config.data.workers,
     )
-    guard, clock = Guard(model, mesh.device), Clock(mesh.device)
-    result = Run(config, mesh, accumulation, model, engine, loader, guard, clock, lock)
-    saved = checkpoint.load(engine, run_folder.checkpoints(config.train.run_dir), mesh, stage=options.zero)
+    result = Run(**vars(trainer), loader=loader, lock=lock)
+    folder = run_folder.checkpoints(config.train.run_dir)
+    saved = checkpoint.load(result.engine, folder, mesh, stage=config.parallel.zero)
     if saved:
         loader.restore(saved.data)
         result.step = saved.step
         log.log.info("continuing %s after step %d", config.train.run_dir, saved.step)
     return result
+
+
+def make_model(config: Config, mesh: Mesh) -> FoX:
+    """The initialised model on this rank's device, with equal parameters on all ranks."""
+    torch.manual_seed(config.train.seed)
+    options = config.parallel
+    cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
+    return FoX(
+        config.model,
+        acp=pruning(config.acp),
+        cp=cp,
+        activation_checkpointing=config.train.activation_checkpointing,
+    ).to(mesh.device)
+
+
+def make_trainer(model: FoX, config: Config, mesh: Mesh) -> Trainer:
+    """The model in an engine, watched and timed. Every rank must call, with equal parameters."""
+    _, accumulation = configuration.check_world(config, mesh.world)
+    engine = make_engine(model, make_optimizer(model, config.optim, mesh.device), config, accumulation)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)  # in place: parameters keep their names, so checkpoints stay the same
+    return Trainer(config, mesh, accumulation, model, engine, Guard(model, mesh.device), Clock(mesh.device))
 
 
 def train(run: Run) -> None:
@@ -220,7 +241,7 @@ def train(run: Run) -> None:
             sinks.close()
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
 
     The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
@@ -257,7 +278,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.
     return loss_sum, targets
 
 
-def micro_batches(run: Run, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def micro_batches(run: Trainer, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """This rank's part of each micro-batch: tokens, labels, starts [micro_batch, T / cp] on the device."""
     mesh, size = run.mesh, run.config.train.micro_batch
     parts = [
@@ -269,7 +290,7 @@ def micro_batches(run: Run, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.
         yield tokens, labels, starts
 
 
-def collect(run: Run, loss_sum: torch.Tensor, targets: torch.Tensor, steps: int, seconds: float) -> dict[str, Any]:
+def collect(run: Trainer, loss_sum: torch.Tensor, targets: torch.Tensor, steps: int, seconds: float) -> dict[str, Any]:
     """The metrics of a logged step; every rank calls. `steps` in `seconds` passed since the last."""
     loss = float(loss_sum / targets)
     tokens = run.step * run.config.train.tokens_per_step

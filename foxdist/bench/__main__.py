@@ -1,9 +1,9 @@
-"""Command line: python -m foxdist.bench acp | attention | kernels | record | tune [options]."""
+"""Command line: python -m foxdist.bench acp | attention | kernels | record | train | tune [options]."""
 
 import argparse
 import sys
 
-from foxdist.bench import acp, attention, kernels, record, tune
+from foxdist.bench import acp, attention, kernels, record, train, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
         (attention, "attention", "time, memory and errors of attention against other implementations"),
         (kernels, "kernels", "time of each kernel of one attention call"),
         (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
+        (train, "train", "tokens/s, utilisation and memory of training, and the longest sequence that fits"),
         (tune, "tune", "times tile sizes of the kernels on a new GPU and prints their table"),
     ):
         command = commands.add_parser(name, help=text)

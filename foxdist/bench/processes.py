@@ -1,0 +1,117 @@
+"""Functions on several ranks of this host, each a process. They stay for the next call, unless one has failed.
+
+A rank that fails leaves the others waiting for it inside a collective, so all are ended then, and the next call starts
+new ones. Nothing of this process touches a GPU.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+from foxdist.config import ConfigError
+
+T = TypeVar("T")
+
+LEFT = 2**28  # bytes of its GPU that a rank may hold after a call, as cuBLAS does; more, and all are started anew
+
+
+class RankError(RuntimeError):
+    """A rank failed; its traceback is the text."""
+
+
+class OutOfMemory(RankError):
+    """A rank had too little memory."""
+
+
+class Processes:
+    """`Processes(ranks)(fn, argument)`: what `fn(argument)` returns on rank 0. Both pickle: `fn` is a module's own."""
+
+    def __init__(self, ranks: int):
+        self._ranks = ranks
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+
+    def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
+        """Raises a `ConfigError` of a rank, `OutOfMemory`, or `RankError` for anything else that happened there."""
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((fn, argument))
+        try:
+            answers = self._answers()
+        except BaseException:
+            self.stop()
+            raise
+        if any(left > LEFT for _, left in answers):
+            self.stop()
+        return answers[0][0]
+
+    def stop(self) -> None:
+        """Ends the ranks, whatever they do. A later call starts new ones."""
+        for worker, pipe in self._workers:
+            worker.kill()
+            worker.join()
+            pipe.close()
+        self._workers = []
+
+    def _start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self._ranks):
+            here, there = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, self._ranks, port, there), daemon=True)
+            worker.start()
+            there.close()  # so that a rank's end is the end of its pipe
+            self._workers.append((worker, here))
+
+    def _answers(self) -> list[tuple[Any, int]]:
+        """In rank order: the result, and the bytes left on its GPU. Raises what the first rank that failed says."""
+        answers: dict[int, tuple[Any, int]] = {}
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        while waiting:
+            for pipe in wait(list(waiting)):
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    failed, value, left = pipe.recv()
+                except EOFError:
+                    worker = self._workers[rank][0]
+                    worker.join()
+                    raise RankError(f"rank {rank} ended with status {worker.exitcode}") from None
+                if failed:
+                    raise failed(value if failed is ConfigError else f"rank {rank}: {value}")
+                answers[rank] = value, left
+        return [answers[rank] for rank in range(self._ranks)]
+
+
+def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    while True:
+        try:
+            fn, argument = pipe.recv()
+        except EOFError:  # the process that asks has gone
+            return
+        try:
+            value = fn(argument)
+        except ConfigError as error:
+            pipe.send((ConfigError, str(error), 0))
+        except Exception as error:
+            pipe.send((OutOfMemory if _out_of_memory(error) else RankError, traceback.format_exc(), 0))
+        else:
+            pipe.send((None, value, torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Torch's own, and what Triton, NCCL and cuBLAS raise in its place."""
+    text = str(error).lower()
+    known = ("out of memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in known)

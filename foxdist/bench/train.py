@@ -1,0 +1,246 @@
+"""Training on random tokens, timed: python -m foxdist.bench train. It starts its ranks itself, on this host.
+
+Every combination of the options is a row of the table. What runs out of memory says so in its row, and the rest goes
+on. With --longest, instead of times, the longest sequence that trains.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foxdist import config as configuration
+from foxdist import mesh as meshes
+from foxdist.bench import train_report as report
+from foxdist.bench.cells import GATES, Cell, look, measure
+from foxdist.bench.gates import REGIMES
+from foxdist.bench.processes import OutOfMemory, Processes, RankError
+from foxdist.options import positive
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ON_OFF = {"on": True, "off": False}
+UNIT = 16384  # tokens of a rank by which --longest searches
+AXES = {
+    "data.sequence_length": "--lengths",
+    "parallel.cp": "--cp",
+    "parallel.zero": "--zero",
+    "acp.enabled": "--acp",
+    "train.activation_checkpointing": "--checkpointing",
+    "train.compile": "--compile",
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of the options but the length."""
+
+    model: str
+    cp: int
+    zero: int
+    acp: str
+    checkpointing: str
+    compile: str
+    gates: str
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add = parser.add_argument
+    add("--models", nargs="+", default=["fox_pro_125m"], metavar="NAME|FILE", help="of configs/, or a YAML file")
+    add("--lengths", type=positive, nargs="+", metavar="T", help="tokens of a sequence; default: 16384")
+    add("--cp", type=positive, nargs="+", default=[1], metavar="P", help="ranks that share a sequence")
+    add("--zero", type=int, nargs="+", default=[1], choices=[1, 2, 3])
+    add("--acp", nargs="+", default=["on", "off"], choices=ON_OFF)
+    add("--checkpointing", nargs="+", default=["off"], choices=ON_OFF, help="activation checkpointing")
+    add("--compile", nargs="+", default=["off"], choices=ON_OFF, help="torch.compile of the blocks")
+    add(
+        "--gates",
+        nargs="+",
+        default=["opened"],
+        choices=GATES,
+        help="initial: a new model's, all local; opened: 30 %% of the tiles of 16,384 tokens are kept; default: opened",
+    )
+    add("--ranks", type=positive, metavar="N", help="processes, one a GPU; default: the largest --cp")
+    add("--warmup", type=positive, metavar="N", help="steps before the timed ones; default: 3, with --longest 1")
+    add("--steps", type=positive, metavar="N", help="timed steps; default: 8, with --longest 1")
+    add("--profile", type=Path, metavar="FILE", help="of one configuration, also the longest kernels; a Chrome trace")
+    add("--longest", action="store_true", help="search the longest sequence that trains, in place of --lengths")
+    add("--up-to", type=positive, default=2**21, metavar="T", help="where --longest ends; default: %(default)s")
+    add("--output", type=Path, metavar="DIR", help="also write table.md, train.json and train.png there")
+    add("overrides", nargs="*", metavar="section.key=value", help="over the configurations")
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Prints the table, and writes it after every row. 1 if something but memory failed.
+
+    Raises `ValueError` for a mistake in the options or the configuration.
+    """
+    if meshes.world_from_environment() > 1:
+        raise ValueError("train: started on several ranks by a launcher; must be one process; use --ranks N")
+    ranks = chosen.ranks or max(chosen.cp)
+    _check(chosen, ranks)
+    points = list(_points(chosen))
+    cells = [_cell(point, length, ranks, chosen) for point in points for length in _lengths(point, chosen)]
+    for cell in cells:
+        _check_gates(cell)
+    if chosen.profile and (chosen.longest or len(cells) > 1):
+        raise ValueError(f"--profile {chosen.profile}: of {len(cells)} configurations; must be one; choose one")
+    if chosen.output:
+        chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
+    call = Processes(ranks)
+    try:
+        result: dict[str, Any] = {"setup": call(look, cells) | _setup(chosen, ranks, cells), "rows": []}
+        for row in _rows(points, chosen, ranks, call):
+            result["rows"].append(row)
+            if chosen.output:
+                report.write(chosen.output, result)
+    finally:
+        call.stop()
+    print(report.markdown(result))
+    broken = [row for row in result["rows"] if row["failed"] not in (None, report.OUT_OF_MEMORY)]
+    return 1 if broken else 0
+
+
+def _points(chosen: argparse.Namespace) -> Iterator[Point]:
+    axes = (chosen.models, chosen.cp, chosen.zero, chosen.checkpointing, chosen.compile, chosen.gates, chosen.acp)
+    for model, cp, zero, checkpointing, compiled, gates, acp in itertools.product(*axes):
+        yield Point(model, cp, zero, acp, checkpointing, compiled, gates)
+
+
+def _lengths(point: Point, chosen: argparse.Namespace) -> list[int]:
+    """Of the rows; with --longest, the first that is tried."""
+    return [UNIT * point.cp] if chosen.longest else chosen.lengths or [UNIT]
+
+
+def _cell(point: Point, length: int, ranks: int, chosen: argparse.Namespace) -> Cell:
+    """One micro-batch of one sequence a step, on every group of cp ranks, if no override says otherwise."""
+    set_here = {
+        "data.sequence_length": length,
+        "parallel.cp": point.cp,
+        "parallel.zero": point.zero,
+        "acp.enabled": ON_OFF[point.acp],
+        "train.activation_checkpointing": ON_OFF[point.checkpointing],
+        "train.compile": ON_OFF[point.compile],
+    }
+    overrides = [f"{name}={str(value).lower()}" for name, value in set_here.items()]
+    overrides += ["train.micro_batch=1", *chosen.overrides]
+    path = _file(point.model)
+    config = configuration.load(path, overrides)
+    if not any(text.startswith("train.tokens_per_step=") for text in chosen.overrides):
+        tokens = length * config.train.micro_batch * (ranks // point.cp)
+        config = configuration.load(path, [*overrides, f"train.tokens_per_step={tokens}"])
+    configuration.check_world(config, ranks)
+    warmup, steps = (1, 1) if chosen.longest else (3, 8)
+    return Cell(point.model, point.gates, config, chosen.warmup or warmup, chosen.steps or steps, chosen.profile)
+
+
+def _file(model: str) -> Path:
+    """Of the option --models."""
+    path = Path(model) if model.endswith((".yaml", ".yml")) else CONFIGS / f"{model}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"--models {model}: no such file; must be a YAML file, or one of {known}; correct the name")
+    return path
+
+
+def _check(chosen: argparse.Namespace, ranks: int) -> None:
+    """Mistakes that no configuration sees. Does not touch a GPU: what this process holds there, no rank can have."""
+    gpus = torch.cuda.device_count()
+    if gpus and ranks > gpus:
+        raise ValueError(f"--ranks {ranks}: this host has {gpus} GPUs; must be at most that; lower --ranks or --cp")
+    for cp in chosen.cp:
+        if ranks % cp:
+            raise ValueError(f"--cp {cp}: does not divide {ranks} ranks; must do so; change it or --ranks")
+    for text in chosen.overrides:
+        name = text.partition("=")[0]
+        if name in AXES:
+            raise ValueError(f"{text}: is set by an option here; must be left out; use {AXES[name]}")
+    if chosen.longest and chosen.lengths:
+        raise ValueError(f"--lengths {chosen.lengths[0]}: --longest searches it; must be left out; use --up-to")
+    if chosen.longest and chosen.up_to < UNIT * max(chosen.cp):
+        least = UNIT * max(chosen.cp)
+        raise ValueError(f"--up-to {chosen.up_to}: shorter than the first sequence; must be at least {least}; raise it")
+
+
+def _check_gates(cell: Cell) -> None:
+    regime, model = GATES[cell.gates], cell.config.model
+    if regime is None:
+        return
+    try:
+        REGIMES[regime](model.heads, model.head_dim)
+    except ValueError:
+        raise ValueError(
+            f"--gates {cell.gates}: {cell.model} has {model.heads} heads; must have 4 or more, of which one stays "
+            "global; use --gates initial"
+        ) from None
+
+
+def _setup(chosen: argparse.Namespace, ranks: int, cells: list[Cell]) -> Row:
+    return {
+        "torch": torch.__version__,
+        "ranks": ranks,
+        "precision": "/".join(sorted({cell.config.train.precision for cell in cells})),
+        "overrides": chosen.overrides,
+        "warmup": cells[0].warmup,
+        "steps": cells[0].steps,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Processes) -> Iterator[Row]:
+    """One after the other, each as soon as it is measured."""
+    for point in points:
+
+        def measured(length: int, point: Point = point) -> Row:
+            return _row(point, length, _cell(point, length, ranks, chosen), call)
+
+        if chosen.longest:
+            yield longest(measured, UNIT * point.cp, chosen.up_to)
+        else:
+            yield from map(measured, _lengths(point, chosen))
+
+
+def _row(point: Point, length: int, cell: Cell, call: Processes) -> Row:
+    row = vars(point) | {"tokens": length, "failed": None}
+    label = ", ".join(f"{name} {value}" for name, value in row.items() if name != "failed")
+    print(f"measuring {label}", file=sys.stderr, flush=True)
+    try:
+        row |= call(measure, cell)
+        print(
+            f"  {row['tokens/s/GPU']:,.0f} tokens/s/GPU, {report.peak_memory(row):.1f} GiB", file=sys.stderr, flush=True
+        )
+        return row
+    except OutOfMemory:
+        print("  out of memory", file=sys.stderr, flush=True)
+        return row | {"failed": report.OUT_OF_MEMORY}
+    except RankError as error:  # one that fails must not cost the others' numbers
+        print(error, file=sys.stderr, flush=True)
+        return row | {"failed": str(error).strip().splitlines()[-1][:200]}
+
+
+def longest(measured: Callable[[int], Row], unit: int, limit: int) -> Row:
+    """The row of the longest sequence that trains, a multiple of `unit` and at most `limit`; and what failed beyond it.
+
+    Doubles while it fits, then halves the gap, to an eighth of the length. `does_not_fit`: the shortest that ran out of
+    memory, or None. Another failure ends the search, and is its row.
+    """
+    best: Row | None = None
+    fits, fails, end = 0, 0, limit // unit  # in units; 0: none yet
+    while fits < end and (not fails or fails - fits > max(1, fits // 8)):
+        length = (fits + fails) // 2 if fails else min(max(1, 2 * fits), end)
+        row = measured(length * unit)
+        if row["failed"] is None:
+            best, fits = row, length
+        elif row["failed"] == report.OUT_OF_MEMORY:
+            best, fails = best or row, length
+        else:
+            return row | {"does_not_fit": None}
+    assert best is not None, "the limit is at least one unit"
+    return best | {"does_not_fit": fails * unit or None}
