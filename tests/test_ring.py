@@ -234,9 +234,9 @@ def most_pages(rank, size, schedule):
     alive, most = 0, 0
     real = transport.Swap.__init__
 
-    def init(self, cp, rows, sends, receives):
+    def init(self, cp, rows, sends, receives, what):
         nonlocal alive, most
-        real(self, cp, rows, sends, receives)
+        real(self, cp, rows, sends, receives, what)
         alive += sum(receives)
         most = max(most, alive)
         weakref.finalize(self._buffers[0].untyped_storage(), released, sum(receives))

@@ -70,6 +70,7 @@ class Rounds:
     def __init__(self, plan: Plan | None, cp: ContextParallel | None, pool: Pages):
         self._plan, self._cp, self._pool = plan, cp, pool
         self._stages = list(plan.stages(cp.schedule)) if plan and cp else []
+        self.stages = len(self._stages)
         self.posted: tuple[Route, Swap] | None = None
         self.swaps: list[Swap] = []
         """All that were posted, for their counts."""
@@ -80,7 +81,8 @@ class Rounds:
         if self._stages and self._plan and self._cp:
             route = make_route(self._plan, self._cp.rank, self._stages.pop(0), self._pool.k.device)
             lent = _words(x[torch.unravel_index(route.lent, x.shape[:3])] for x in self._pool.by_page())
-            self.posted = route, Swap(self._cp, lent, route.sends, route.receives)
+            stage = f"pages, stage {len(self.swaps) + 1} of {self.stages}"
+            self.posted = route, Swap(self._cp, lent, route.sends, route.receives, stage)
             self.swaps.append(self.posted[1])
 
     def take(self) -> tuple[Route, Pages]:
@@ -92,7 +94,8 @@ class Rounds:
     def give_back(self, route: Route, grads: Pages) -> Swap:
         """Posts the gradients of a stage's borrowed pages on its route transposed; `take_back` adds what arrives."""
         assert self._cp is not None
-        return Swap(self._cp, _words(x.flatten(0, 2) for x in grads.by_page()), route.receives, route.sends)
+        stage = f"gradients, stage {len(self.swaps) - bool(self.posted)} of {self.stages}"
+        return Swap(self._cp, _words(x.flatten(0, 2) for x in grads.by_page()), route.receives, route.sends, stage)
 
 
 def take_back(swap: Swap, route: Route, grads: Pages) -> None:

@@ -28,6 +28,7 @@ from foxdist.attention.queries import Queries
 from foxdist.attention.stats import Traffic, counts_of
 from foxdist.attention.transport import ContextParallel, Swap, all_gather, all_max
 from foxdist.layout import blocks_of, chunk_count, unshard
+from foxdist.progress import progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +63,14 @@ def forward(
     keys = length * (cp.size if cp else 1)
     bound = _logit_bound(q, k, call)
     c_in, base, start, bounded = boundary.find_boundary(
-        q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp), call.backend
+        q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp, "gate sums"), call.backend
     )
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     plan = needed = _plan(start, k.shape[2], cp)
     if call.dry_run:
         bounded, plan = torch.zeros_like(bounded), _plan(torch.zeros_like(start), k.shape[2], cp)
+    if plan:
+        progress.planned(plan.need)
     rounds = Rounds(plan, cp, pool)
     rounds.post()
     several = rounds.posted is not None
@@ -112,7 +115,7 @@ def backward(
 
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
     dlog_f = boundary.gate_gradient(
-        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp), call.backend
+        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp, "gate gradient"), call.backend
     )
     gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
     return *gradients, dlog_f
@@ -157,9 +160,9 @@ def _blocks_on(rank: int, size: int, total: int, layout: str, device: torch.devi
     return blocks_of(rank, size, total, layout).to(device)
 
 
-def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
+def _whole(x: torch.Tensor, cp: ContextParallel | None, what: str) -> torch.Tensor:
     """Per-block values [B, H, n, ...] of all ranks, in the order of the sequence: [B, H, N, ...]."""
-    return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
+    return unshard(all_gather(cp, x, what), cp.layout, dim=2) if cp else x
 
 
 def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float | None:
@@ -171,7 +174,7 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor |
     if call.acp and call.acp.bound == "tight":
         return None
     norms = boundary.find_norms(q, k, call.backend)
-    return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
+    return measured_bound(all_max(call.cp, norms, "norms") if call.cp else norms, q.shape[2], call.scale)
 
 
 def _plan(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> Plan | None:

@@ -66,6 +66,7 @@ def _exchange(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tenso
         rows[:, [i for _, i in outgoing]].movedim(1, 0).contiguous(),
         [sum(peer == p for peer, _ in outgoing) for p in range(size)],
         [sum(peer == p for peer, _ in incoming) for p in range(size)],
+        "K/V shift",
     )
     arrived = rows.new_zeros(rows.shape)
     arrived[:, [i for _, i in incoming]] = swap.wait().movedim(0, 1)

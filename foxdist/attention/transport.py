@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from foxdist.attention.plan import SCHEDULES, Schedule
 from foxdist.layout import LAYOUTS, Layout
+from foxdist.progress import progress
 
 _known: dict[str, "ContextParallel"] = {}
 
@@ -49,6 +50,11 @@ class ContextParallel:
         """P, the number of ranks in the group."""
         return dist.get_world_size(self.group)
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The group's ranks as the world counts them."""
+        return tuple(dist.get_process_group_ranks(self.group))
+
 
 def context_parallel(key: str) -> ContextParallel | None:
     """The newest object with that `key`; None for the empty key, which stands for one process alone."""
@@ -60,10 +66,15 @@ class Swap:
 
     rows: [sum(sends), W] contiguous; the first sends[0] of them go to rank 0, the next sends[1] to rank 1, and so on.
     receives: how many come from each rank; the two sides of a pair must agree. A pair with nothing to move does not
-    communicate. All messages are one batch (one grouped NCCL launch).
+    communicate. All messages are one batch (one grouped NCCL launch). what: its name, for `progress`.
+
+    A message is tagged with its size. gloo matches tags: if two ranks planned differently both wait, and the watch says
+    so, where without tags a longer message ends the process and a shorter one is taken for whole. NCCL knows no tags.
     """
 
-    def __init__(self, cp: ContextParallel, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]):
+    def __init__(
+        self, cp: ContextParallel, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int], what: str
+    ):
         assert sum(sends) == len(rows), f"{sends=} {rows.shape=}"
         arriving = rows.new_empty(sum(receives), *rows.shape[1:])
         self.sent_rows = self.messages = 0
@@ -74,19 +85,21 @@ class Swap:
                 continue
             there = dist.get_global_rank(cp.group, peer)
             if len(incoming):
-                operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group))
+                operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group, len(incoming)))
             if len(outgoing):
-                operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group))
+                operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group, len(outgoing)))
                 self.sent_rows += len(outgoing)
                 self.messages += 1
+        self._exchange = progress.exchange(what, tuple({op.peer for op in operations}))
         self._works = dist.batch_isend_irecv(operations) if operations else []
         self._buffers: tuple[torch.Tensor, ...] = (arriving, rows)  # the backend uses both until the wait
         if not cp.overlap:
             self._finish()
 
     def _finish(self) -> None:
-        for work in self._works:
-            work.wait()
+        with self._exchange:
+            for work in self._works:
+                work.wait()
         self._works = []
 
     def wait(self) -> torch.Tensor:
@@ -96,15 +109,17 @@ class Swap:
         return arriving
 
 
-def all_gather(cp: ContextParallel, x: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's `x`, in rank order. The same shape on all ranks."""
+def all_gather(cp: ContextParallel, x: torch.Tensor, what: str) -> list[torch.Tensor]:
+    """Every rank's `x`, in rank order. The same shape on all ranks. what: as of a `Swap`."""
     parts = [torch.empty_like(x) for _ in range(cp.size)]
-    dist.all_gather(parts, x.contiguous(), group=cp.group)
+    with progress.exchange(what, cp.members):
+        dist.all_gather(parts, x.contiguous(), group=cp.group)
     return parts
 
 
-def all_max(cp: ContextParallel, x: torch.Tensor) -> torch.Tensor:
-    """The element-wise maximum of every rank's `x`."""
+def all_max(cp: ContextParallel, x: torch.Tensor, what: str) -> torch.Tensor:
+    """The element-wise maximum of every rank's `x`. what: as of a `Swap`."""
     x = x.clone()
-    dist.all_reduce(x, dist.ReduceOp.MAX, group=cp.group)
+    with progress.exchange(what, cp.members):
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=cp.group)
     return x
