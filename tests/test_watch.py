@@ -38,8 +38,8 @@ def whole(ranks, data, tmp_path_factory):
     return losses(folder)
 
 
-def run_with(fault, guilty, values, folder):
-    """What each of two ranks said and how it ended; no launcher stands between them. And in how many seconds."""
+def run_with(fault, guilty, values, folder, gpus=""):
+    """What each of two ranks said and how it ended, and in how many seconds. No launcher stands between them."""
     config, noted = write_yaml(folder, values), folder / "fault"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,7 +51,9 @@ def run_with(fault, guilty, values, folder):
         started.append(
             subprocess.Popen(
                 [sys.executable, script, fault, str(guilty), str(noted), "--config", str(config)],
-                env=environment() | where | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                env=environment()
+                | where
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": gpus},
                 stdout=subprocess.DEVNULL,
                 stderr=(folder / f"said{rank}").open("w"),
             )
@@ -85,7 +87,8 @@ SAID = {  # fault, rank: of each rank the status and words
     ("frozen", 0): [KILLED, (LOST, [f"{GONE} (no answer for", f"rank 0 was last {THERE}; rank 1 {WAITS}"])],
     ("asleep", 1): [(LOST, SLEEPS)] * 2,
     ("fails", 1): [(LOST, [f"rank 1 {FAILED}"]), (1, ["Traceback", "MemoryError: no room for a page"])],
-    ("plans everything", 1): [(LOST, [f"{DIFFERS} ranks 0-1 wait at step 6, layer 1, forward, pages, stage 1 of 1;"])] * 2,
+    ("plans everything", 1): [(LOST, [f"{DIFFERS} ranks 0-1 wait at step 6, layer 1, forward, pages, stage 1 of 1;"])]
+    * 2,
     ("plans another page", 1): [(1, [f"step 6: {DIFFERS}", "the update was not made"])] * 2,
 }
 RESUMED = [("killed", 1), ("asleep", 1), ("plans everything", 1)]
