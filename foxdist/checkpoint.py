@@ -28,6 +28,7 @@ from foxdist.config import ConfigError
 from foxdist.files import replace_text
 from foxdist.log import log
 from foxdist.mesh import Mesh, broadcast, on_rank_0
+from foxdist.progress import progress
 from foxdist.run_folder import newest_first
 
 MANIFEST = "manifest.json"
@@ -56,7 +57,8 @@ def save(engine: Any, root: Path, mesh: Mesh, *, step: int, stage: int, data: di
     mine = {path.name: _fingerprint(path) for path in work.iterdir() if _writer(path.name) == mesh.rank}
     assert len(mine) >= 2, f"rank {mesh.rank} wrote only {sorted(mine)}"  # random state and a share of the optimizer
     every: list[dict[str, tuple[int, str]] | None] = [None] * mesh.world
-    dist.all_gather_object(every, mine)
+    with progress.exchange("names of files"):
+        dist.all_gather_object(every, mine)
     files = {name: value for part in every for name, value in sorted((part or {}).items())}
     on_rank_0(lambda: _finish(work, folder, Saved(step, mesh.world, stage, data, files), keep))
     return folder
@@ -161,7 +163,9 @@ def _read_manifest(folder: Path) -> Saved | None:
 def _damage(folder: Path, saved: Saved, mesh: Mesh) -> list[str]:
     """What is wrong with the files, agreed by all ranks, each of which reads its share."""
     every: list[list[str] | None] = [None] * mesh.world
-    dist.all_gather_object(every, _faults(folder, saved, list(saved.files)[mesh.rank :: mesh.world]))
+    mine = _faults(folder, saved, list(saved.files)[mesh.rank :: mesh.world])
+    with progress.exchange("check of files"):
+        dist.all_gather_object(every, mine)
     return [fault for part in every for fault in part or []]
 
 

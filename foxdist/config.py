@@ -98,7 +98,9 @@ class Parallel(Section):
     overlap: bool = True
     """False waits for every exchange where it is posted, for debugging. The results are the same bits."""
     timeout_minutes: float = Field(10.0, gt=0)
-    """A collective that takes longer ends the job."""
+    """A rank that waits for others longer than this, or stays at one place of a step, ends the job (watch.py)."""
+    checksum_every: int = Field(100, ge=0)
+    """Steps between comparisons of the ranks' plans. A difference ends the run before the update. 0: never."""
 
 
 class AcpSection(Section):

@@ -1,4 +1,4 @@
-"""Stopping before a non-finite loss or gradient, or one that pruning falsified, reaches the weights, with its place.
+"""Stopping before a bad gradient reaches the weights, with its place: not finite, pruned too much, wrongly planned.
 
 Hooks set one flag for each part of the model in forward (its output) and in backward (the gradients of its parameters),
 on the device. One small all-reduce and one read a step decide on all ranks alike.
@@ -12,15 +12,25 @@ import torch.distributed as dist
 from torch import nn
 
 from foxdist.layer import Attention
+from foxdist.mesh import Mesh
 from foxdist.model import Block, FoX
+from foxdist.progress import odd_ones, planned_differently, progress
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; the weights are still those of the step before."""
+class GuardError(RuntimeError):
+    """Raised on all ranks alike; the weights are still those of the step before."""
 
 
-class PrunedTooMuchError(RuntimeError):
-    """The certificate of `acp` failed; the weights are still those of the step before."""
+class NonFiniteError(GuardError):
+    """A loss or gradient is not finite."""
+
+
+class PrunedTooMuchError(GuardError):
+    """The certificate of `acp` failed."""
+
+
+class PlanMismatchError(GuardError):
+    """Ranks that share sequences planned a layer's exchange differently."""
 
 
 def _note(flag: torch.Tensor, x: torch.Tensor) -> None:
@@ -91,6 +101,25 @@ def check_pruned(layers: list[Attention], log_eps: float, step: int) -> None:
         f"acp.log_eps={log_eps:g} allows {math.exp(log_eps):.3g}; the update was not made and checkpoints are good; "
         "this is a defect of foxdist: please report it, and go on with acp.enabled=false"
     )
+
+
+def check_plans(mesh: Mesh, step: int) -> None:
+    """Raises `PlanMismatchError` on every rank if ranks of any cp group planned a layer's last forward differently.
+
+    Pages of a wrong plan may fit the messages: nothing else would tell.
+    """
+    plans = progress.plans(wait=True)
+    mine = torch.tensor([plans[layer][1] for layer in sorted(plans)], device=mesh.device)
+    every = [torch.empty_like(mine) for _ in range(mesh.world)]
+    dist.all_gather(every, mine)
+    table = torch.stack(every).tolist()
+    found = odd_ones({rank: {i: (0, value) for i, value in enumerate(row)} for rank, row in enumerate(table)}, mesh.cp)
+    if found is not None:
+        raise PlanMismatchError(
+            f"step {step}: {planned_differently(*found)}; the update was not made and checkpoints are good; the same "
+            "command goes on from the newest one; if it comes again on the same ranks, look at their hardware, and "
+            "else please report it"
+        )
 
 
 def check_update(engine: Any, step: int) -> None:

@@ -1,7 +1,9 @@
 """Log lines that say which rank speaks. Knows neither metrics nor config."""
 
 import logging
+import os
 import sys
+import time
 
 log = logging.getLogger("foxdist")
 
@@ -14,3 +16,14 @@ def set_up(rank: int = 0, world: int = 1, cp_rank: int = 0, cp: int = 1) -> None
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def last_words(text: str) -> None:
+    """Says what ended the run, once where all ranks saw the same.
+
+    A launcher ends all ranks when one has ended. So rank 0 speaks first, and another only if rank 0 lives on.
+    """
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    if rank:
+        time.sleep(5)
+    print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)

@@ -21,7 +21,10 @@ import torch
 import torch.distributed as dist
 
 from foxdist.config import ConfigError
+from foxdist.progress import progress
 
+BACKSTOP = timedelta(minutes=3)
+"""How much later than the watch (watch.py), which says more, the process group itself ends what takes too long."""
 T = TypeVar("T")
 
 
@@ -52,12 +55,15 @@ def world_from_environment() -> int:
 
 
 def start(cp: int, timeout_minutes: float) -> Mesh:
-    """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world."""
+    """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world.
+
+    timeout_minutes: of the configuration; a collective itself is given up `BACKSTOP` later.
+    """
     _complete_environment()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = torch.cuda.is_available()
     device = _gpu(local) if gpu else torch.device("cpu")
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes) + BACKSTOP
     if gpu:
         torch.cuda.set_device(device)
     else:
@@ -96,11 +102,18 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective raised it because of what another rank did: NCCL and the store have types of their own, and
+    gloo's errors begin with the place in its source."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
+
+
 def broadcast(value: T) -> T:
     """Rank 0's value on every rank; every rank must call. Any object that pickles."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        with progress.exchange("word of rank 0"):
+            dist.broadcast_object_list(box)
     return box[0]
 
 

@@ -18,6 +18,7 @@ from foxdist.config import Model
 from foxdist.layer import Attention, RMSNorm
 from foxdist.layout import positions
 from foxdist.loss import cross_entropy_sum
+from foxdist.progress import progress
 
 
 class SwiGLU(nn.Module):
@@ -86,8 +87,9 @@ class FoX(nn.Module):
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         where = self._positions(tokens) if self.config.rope else None
         x = self.embedding(tokens)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
+            progress.enter("forward", i)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, counted = checkpoint(
                     block,
@@ -100,7 +102,9 @@ class FoX(nn.Module):
                 )
             else:
                 x, counted = block(x, starts, where)
+            progress.enter_backward(i, x)
             block.attention.meter.add(counted)
+        progress.enter("forward")
         return self.head(x, labels)
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from foxdist.files import Held, hold, replace_text
 CHANGEABLE = {
     "data.workers",
     "model.backend",
+    "parallel.checksum_every",
     "parallel.cp",
     "parallel.layout",
     "parallel.overlap",

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -32,7 +33,7 @@ from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, Loader, steps_per_epoch
-from foxdist.guard import Guard, NonFiniteError, PrunedTooMuchError, check_pruned, check_update
+from foxdist.guard import Guard, GuardError, check_plans, check_pruned, check_update
 from foxdist.layer import pruning
 from foxdist.layout import shard
 from foxdist.loss import gradient_scale
@@ -41,7 +42,9 @@ from foxdist.metrics import perplexity, step_metrics
 from foxdist.model import FoX
 from foxdist.optim import learning_rate, make_optimizer
 from foxdist.options import positive
+from foxdist.progress import progress
 from foxdist.sinks import Sinks, check_wandb
+from foxdist.watch import Watch
 from foxdist.zero import make_engine, set_learning_rate
 
 CERTIFIED = 64  # queries of each rank, row and head that a certificate looks at
@@ -95,10 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
         check_before_start(config, meshes.world_from_environment())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        train(build(config, mesh))
+        with Watch(mesh, config.parallel.timeout_minutes, alike=(ConfigError, GuardError)):
+            train(build(config, mesh))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
-    except (NonFiniteError, PrunedTooMuchError) as error:
+    except GuardError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the newest checkpoint", 130)
@@ -107,14 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    """Says what ended the run, once where all ranks saw the same.
-
-    A launcher ends all ranks when one has ended. So rank 0 speaks first, and another only if rank 0 lives on.
-    """
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    if rank:
-        time.sleep(5)
-    print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    log.last_words(str(error))
     meshes.leave()
     return status
 
@@ -227,6 +224,7 @@ def train(run: Run) -> None:
     try:
         while run.step < config.total_steps:
             loss, targets = train_step(run, batches)
+            progress.enter("after the step", timed=False)
             if run.step in (first + 1, config.total_steps) or run.step % config.metrics.every == 0:
                 values = collect(run, loss, targets, run.step - logged, time.perf_counter() - since)
                 logged, since = run.step, time.perf_counter()
@@ -234,6 +232,7 @@ def train(run: Run) -> None:
                     sinks(run.step, values)
             if run.step % config.checkpoint.every == 0 or run.step == config.total_steps:
                 begun = time.perf_counter()
+                progress.enter("checkpoint", timed=False)
                 save(run)
                 since += time.perf_counter() - begun  # saving is not training time
     finally:
@@ -247,28 +246,33 @@ def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, to
     The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
     and where DeepSpeed's gradient norm is looked at after it.
     """
-    config, mesh, engine, clock = run.config, run.mesh, run.engine, run.clock
-    with clock.part("data"):
+    config, mesh, engine = run.config, run.mesh, run.engine
+    progress.begin(run.step + 1)
+    with run.clock.part("data"):
         batch = next(batches)
         # Every rank of a cp group counts the same sequences, hence / cp.
         targets = torch.tensor(batch.targets() / mesh.cp, dtype=torch.float64, device=mesh.device)
-        dist.all_reduce(targets)
+        with progress.exchange("count of targets"):
+            dist.all_reduce(targets)
     scale = gradient_scale(targets, mesh.world).float()
     run.step += 1
     set_learning_rate(engine, learning_rate(config, run.step * config.train.tokens_per_step))
     every = config.acp.certify_every if config.acp.enabled else 0
     certified = bool(every) and run.step % every == 0
+    compared = mesh.cp > 1 and bool(config.parallel.checksum_every) and run.step % config.parallel.checksum_every == 0
     for layer in run.model.attention_layers():
         layer.certify = CERTIFIED if certified else 0
     loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for micro in micro_batches(run, batch):
-        with clock.part("forward"):
+        with part(run, "forward"):
             loss = engine(*micro)
         loss_sum += loss.detach()
-        with clock.part("backward"):
+        with part(run, "backward"):
             engine.backward(loss * scale, scale_wrt_gas=False)
-        with clock.part("optimizer"):
+        with part(run, "optimizer"):
             if engine.is_gradient_accumulation_boundary():
+                if compared:
+                    check_plans(mesh, run.step)
                 run.guard.check(run.step)
                 if certified:
                     check_pruned(run.model.attention_layers(), config.acp.log_eps, run.step)
@@ -276,6 +280,14 @@ def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, to
     check_update(engine, run.step)
     dist.all_reduce(loss_sum)
     return loss_sum, targets
+
+
+@contextmanager
+def part(run: Trainer, name: str) -> Iterator[None]:
+    """A part of the step: its time is taken, and `progress` knows of it."""
+    progress.enter(name)
+    with run.clock.part(name):
+        yield
 
 
 def micro_batches(run: Trainer, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -295,13 +307,15 @@ def collect(run: Trainer, loss_sum: torch.Tensor, targets: torch.Tensor, steps: 
     loss = float(loss_sum / targets)
     tokens = run.step * run.config.train.tokens_per_step
     counts = [layer.meter.take() for layer in run.model.attention_layers()]
+    with progress.exchange("metrics"):
+        of_all_ranks = step_metrics(run.config, run.mesh, counts, steps, seconds, run.clock.take())
     return {
         "tokens": tokens,
         "loss": loss,
         "perplexity": perplexity(loss),
         "lr": learning_rate(run.config, tokens),
         "grad_norm": float(run.engine.get_global_grad_norm()),
-        **step_metrics(run.config, run.mesh, counts, steps, seconds, run.clock.take()),
+        **of_all_ranks,
     }
 
 

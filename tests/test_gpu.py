@@ -1,6 +1,7 @@
 """The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch.distributed as dist
 from test_compile import ROUNDING, compare, needs_gxx, whole_model
 from test_model import batch, small
 from test_train import curves
+from test_watch import LATE, SAID, TIMEOUT, run_with, settings
 
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
 from foxdist.layout import shard, unshard
+from foxdist.progress import Progress
 
 from cases import GATES, gradients, inputs, relative
 from runs import tree, write_data
@@ -103,3 +106,33 @@ def test_training_gives_the_same_curve_on_every_mesh(ranks, tmp_path):
     reference = torch.tensor(found[0], dtype=torch.float64)
     for curve in found:
         assert torch.allclose(torch.tensor(curve, dtype=torch.float64), reference, rtol=1e-4, atol=0)
+
+
+@needs_gpu
+def test_progress_is_where_the_device_is():
+    cycles = 10**9  # half a second
+    progress = Progress()
+    progress.begin(1)
+    progress.enter("forward", 0)
+    torch.cuda._sleep(cycles)
+    with progress.exchange("gate sums"):
+        torch.cuda._sleep(cycles)
+    progress.enter("forward", 1)
+    seen, deadline = [], time.time() + 60
+    while progress.on_device and time.time() < deadline:
+        if (place := str(progress.where())) not in seen:
+            seen.append(place)
+    layers = ["step 1, layer 0, forward", "step 1, layer 0, forward, gate sums", "step 1, layer 1, forward"]
+    assert seen == layers
+
+
+@needs_two
+@pytest.mark.parametrize("fault, guilty", [("killed", 1), ("killed", 0), ("asleep", 1), ("plans everything", 1)])
+def test_a_lost_rank_ends_every_rank(tmp_path, fault, guilty):
+    """As in test_watch.py, over NCCL, whose ranks hear nothing of a lost connection on one host."""
+    values = settings(write_data(tmp_path / "data"), tmp_path / "run")
+    found, seconds = run_with(fault, guilty, values, tmp_path, gpus="0,1")
+    for (said, status), (expected, words) in zip(found, SAID[fault, guilty]):
+        assert status == expected, said
+        assert not words or words[0] in said, said
+    assert seconds < TIMEOUT + LATE

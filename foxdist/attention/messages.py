@@ -108,11 +108,14 @@ class MessageExchange:
             streams.after(self._free[stage % UNDER_WAY])
             copies.gather(self._pool, route.lent, _pages(lent, self._pool, dtype), self._kernels)
             packed = streams.mark(self._device)
-            swap = Swap(self._cp, lent, route.sends, route.receives, arriving)
+            swap = Swap(self._cp, lent, route.sends, route.receives, arriving, self._name("pages", stage))
         streams.after(packed)  # attention takes all SMs for as long as it runs: messages must have theirs first
         self._posted.append((route, swap))
         self.sent_pages += swap.sent_rows
         self.messages += swap.messages
+
+    def _name(self, what: str, stage: int) -> str:
+        return f"{what}, stage {stage + 1} of {len(self._stages)}"
 
     def gradients(self, stage: int) -> None:
         """Gradients are packed into messages: they may be written anywhere."""
@@ -128,7 +131,8 @@ class MessageExchange:
             for x, into in zip(grads, _pages(rows, grads, torch.float32)):
                 into.copy_(x.view(into.shape))
             packed = streams.mark(self._device)
-            self._returning.append(Swap(self._cp, rows, route.receives, route.sends, returned))
+            what = self._name("gradients", stage)
+            self._returning.append(Swap(self._cp, rows, route.receives, route.sends, returned, what))
         streams.after(packed)
 
     def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:

@@ -48,7 +48,7 @@ class PeerExchange:
         with streams.aside(self._device):
             streams.after(ready)
             copies.gather(pool, self.needs.lent, shelf[cp.rank], kernels)
-            memory.shelf.barrier()
+            memory.shelf.barrier("pages")
             laid_out = streams.mark(self._device)
         for stage in range(min(UNDER_WAY, memory.slots.stages)):
             self._fetch(stage)
@@ -91,7 +91,7 @@ class PeerExchange:
         written = streams.mark(self._device)
         with streams.aside(self._device):
             streams.after(written)
-            memory.grads.barrier()
+            memory.grads.barrier(f"gradients, stage {stage + 1} of {memory.slots.stages}")
             there = streams.mark(self._device)
             back = memory.of_stage(self.needs.back, stage).flatten()
             sources, into = memory.gradients[stage % UNDER_WAY], memory.returned[stage % UNDER_WAY]

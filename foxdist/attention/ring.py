@@ -30,6 +30,7 @@ from foxdist.attention.plan import Plan, causal_plan, make_plan
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
 from foxdist.attention.transport import ContextParallel, all_gather, all_max
 from foxdist.layout import chunk_count, unshard
+from foxdist.progress import progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +68,14 @@ def forward(
     keys = length * (cp.size if cp else 1)
     bound = _logit_bound(q, k, call)
     c_in, base, start, bounded = boundary.find_boundary(
-        q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp), call.backend
+        q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp, "gate sums"), call.backend
     )
     lent = torch.zeros_like(start) if call.dry_run else start
     if call.dry_run:
         bounded = torch.zeros_like(bounded)
     first = _first_kept(start, k.shape[2], cp)
+    if first:
+        progress.planned(first)
     queries, pool, own = _local(q, k, v, c_in, base, start, call)
     schedule = tiles.make_schedule(call.backend, queries, own)
     needed = _plan(first, start.shape[-1], cp)
@@ -104,7 +107,7 @@ def backward(
     of_queries, of_pool = _gradients(queries, pool, own, prepared, result.schedule, exchange, call.backend)
     # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
     dlog_f = boundary.gate_gradient(
-        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp), call.backend
+        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp, "gate gradient"), call.backend
     )
     gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
     return *gradients, dlog_f
@@ -166,9 +169,9 @@ def _own(
     return blocks, own_table(rows, heads, blocks)
 
 
-def _whole(x: torch.Tensor, cp: ContextParallel | None) -> torch.Tensor:
+def _whole(x: torch.Tensor, cp: ContextParallel | None, what: str) -> torch.Tensor:
     """Per-block values [B, H, n, ...] of all ranks, in the order of the sequence: [B, H, N, ...]."""
-    return unshard(all_gather(cp, x), cp.layout, dim=2) if cp else x
+    return unshard(all_gather(cp, x, what), cp.layout, dim=2) if cp else x
 
 
 def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float | None:
@@ -180,19 +183,21 @@ def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor |
     if call.acp and call.acp.bound == "tight":
         return None
     norms = boundary.find_norms(q, k, call.backend)
-    return measured_bound(all_max(call.cp, norms) if call.cp else norms, q.shape[2], call.scale)
+    return measured_bound(all_max(call.cp, norms, "norms") if call.cp else norms, q.shape[2], call.scale)
 
 
 def _first_kept(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> streams.ToHost | None:
-    """The chunks' starts on their way to the host, where the transport makes its plan there."""
-    if cp is None or cp.transport == "peer":
+    """The chunks' starts, of which plans are made, on their way to the host: every rank must have found the same."""
+    if cp is None:
         return None
     return streams.ToHost(first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout)))
 
 
 def _plan(first: streams.ToHost | None, blocks: int, cp: ContextParallel | None) -> Plan | None:
     """The plan of all ranks; None if there is none on the host."""
-    return make_plan(first.numpy(), blocks, cp.size, cp.layout) if first and cp else None
+    if first is None or cp is None or cp.transport == "peer":
+        return None
+    return make_plan(first.numpy(), blocks, cp.size, cp.layout)
 
 
 def _exchange(

@@ -67,6 +67,7 @@ def _exchange(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tenso
         [sum(peer == p for peer, _ in outgoing) for p in range(size)],
         [sum(peer == p for peer, _ in incoming) for p in range(size)],
         rows.new_empty(len(incoming), len(rows), rows.shape[2]),
+        "K/V shift",
     )
     arrived = rows.new_zeros(rows.shape)
     arrived[:, [i for _, i in incoming]] = swap.wait().movedim(0, 1)

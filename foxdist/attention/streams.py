@@ -40,6 +40,10 @@ class ToHost:
         self._host.copy_(x, non_blocking=True)
         self._landed = mark(x.device)
 
+    def landed(self) -> bool:
+        """Whether the numbers are there."""
+        return self._landed is None or self._landed.query()
+
     def numpy(self) -> np.ndarray:
         """The numbers, once they are there: waits for the copy, not for what was launched since."""
         if self._landed is not None:

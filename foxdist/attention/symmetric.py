@@ -13,47 +13,34 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from foxdist.progress import progress
+
 SHARED = Path("/dev/shm")  # memory, not a disk, on every Linux
-_known: dict[tuple[str, str, torch.device], "Symmetric"] = {}
 
 
 class Symmetric:
     """`size` bytes on every rank of `group`, all of which must make it together. `parts[r]` is rank r's, as bytes."""
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device):
-        self.size, self._group, self._handle = size, group, None
+        self._group, self._handle = group, None
+        self._ranks = tuple(dist.get_process_group_ranks(group))
         if device.type == "cuda":
             import torch.distributed._symmetric_memory as symmetric_memory
 
             self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
             self._handle = symmetric_memory.rendezvous(self._mine, group.group_name)
-            ranks = range(dist.get_world_size(group))
-            self.parts = [self._handle.get_buffer(r, (size,), torch.uint8) for r in ranks]
+            self.parts = [self._handle.get_buffer(r, (size,), torch.uint8) for r in range(len(self._ranks))]
         else:
             self.parts = _shared_files(group, size)
 
-    def barrier(self) -> None:
+    def barrier(self, what: str) -> None:
         """Nothing that follows, in the current stream, begins before all ranks have come here and what they wrote
-        before is there to be read."""
-        if self._handle is not None:
-            self._handle.barrier(channel=0)
-        else:
-            dist.barrier(self._group)
-
-
-def symmetric(name: str, group: dist.ProcessGroup, size: int, device: torch.device) -> Symmetric:
-    """The memory of that name, of at least `size` bytes on every rank; every rank calls, with the same size.
-
-    It stays for the next call, which makes another only if it asks for more.
-    """
-    key = name, group.group_name, device
-    known = _known.get(key)
-    if known is None or known.size < size:
-        if device.type == "cuda" and known is not None:
-            torch.cuda.synchronize(device)  # nobody reads what is about to go
-            dist.barrier(group)
-        _known[key] = Symmetric(group, size, device)
-    return _known[key]
+        before is there to be read. what: its name, for `progress`."""
+        with progress.exchange(what, self._ranks):
+            if self._handle is not None:
+                self._handle.barrier(channel=0)
+            else:
+                dist.barrier(self._group)
 
 
 @lru_cache

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from foxdist.attention.plan import SCHEDULES, Schedule
 from foxdist.layout import LAYOUTS, Layout
+from foxdist.progress import progress
 
 Transport = Literal["auto", "nccl", "peer"]
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
@@ -63,7 +64,13 @@ class ContextParallel:
         """The host waits until every rank has come here and its `device` has done all it was given."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        dist.barrier(self.group)
+        with progress.exchange("making room", self.members):
+            dist.barrier(self.group)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The group's ranks as the world counts them."""
+        return tuple(dist.get_process_group_ranks(self.group))
 
 
 def context_parallel(key: str) -> ContextParallel | None:
@@ -77,7 +84,10 @@ class Swap:
     rows: [sum(sends), W] contiguous; the first sends[0] of them go to rank 0, the next sends[1] to rank 1, and so on.
     receives: how many come from each rank; the two sides of a pair must agree. A pair with nothing to move does not
     communicate. All messages are one batch (one grouped NCCL launch). arriving: [sum(receives), W], to be written.
-    Both are in use until `wait`.
+    Both are in use until `wait`. what: its name, for `progress`.
+
+    A message is tagged with its size. gloo matches tags: if two ranks planned differently both wait, and the watch says
+    so, where without tags a longer message ends the process and a shorter one is taken for whole. NCCL knows no tags.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class Swap:
         sends: Sequence[int],
         receives: Sequence[int],
         arriving: torch.Tensor,
+        what: str,
     ):
         assert sum(sends) == len(rows), f"{sends=} {rows.shape=}"
         assert sum(receives) == len(arriving), f"{receives=} {arriving.shape=}"
@@ -98,19 +109,21 @@ class Swap:
                 continue
             there = dist.get_global_rank(cp.group, peer)
             if len(incoming):
-                operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group))
+                operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group, len(incoming)))
             if len(outgoing):
-                operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group))
+                operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group, len(outgoing)))
                 self.sent_rows += len(outgoing)
                 self.messages += 1
+        self._exchange = progress.exchange(what, tuple({op.peer for op in operations}))
         self._works = dist.batch_isend_irecv(operations) if operations else []
         self._buffers: tuple[torch.Tensor, ...] = (arriving, rows)
         if not cp.overlap:
             self._finish()
 
     def _finish(self) -> None:
-        for work in self._works:
-            work.wait()
+        with self._exchange:
+            for work in self._works:
+                work.wait()
         self._works = []
 
     def wait(self) -> torch.Tensor:
@@ -120,15 +133,17 @@ class Swap:
         return arriving
 
 
-def all_gather(cp: ContextParallel, x: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's `x`, in rank order. The same shape on all ranks."""
+def all_gather(cp: ContextParallel, x: torch.Tensor, what: str) -> list[torch.Tensor]:
+    """Every rank's `x`, in rank order. The same shape on all ranks. what: as of a `Swap`."""
     parts = [torch.empty_like(x) for _ in range(cp.size)]
-    dist.all_gather(parts, x.contiguous(), group=cp.group)
+    with progress.exchange(what, cp.members):
+        dist.all_gather(parts, x.contiguous(), group=cp.group)
     return parts
 
 
-def all_max(cp: ContextParallel, x: torch.Tensor) -> torch.Tensor:
-    """The element-wise maximum of every rank's `x`."""
+def all_max(cp: ContextParallel, x: torch.Tensor, what: str) -> torch.Tensor:
+    """The element-wise maximum of every rank's `x`. what: as of a `Swap`."""
     x = x.clone()
-    dist.all_reduce(x, dist.ReduceOp.MAX, group=cp.group)
+    with progress.exchange(what, cp.members):
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=cp.group)
     return x

@@ -1,0 +1,227 @@
+"""A rank that dies, stalls, fails or plans differently ends every rank, with the right words; and the run goes on."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from foxdist.progress import Place
+from foxdist.verdict import SUSPECT, Heard, Word, judge, word_at
+from foxdist.watch import LOST
+
+from runs import environment, go, losses, tree, write_data, write_yaml
+
+TIMEOUT = 9.0  # seconds
+LATE = 30.0  # seconds that the ranks may take to notice, to speak and to end, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("watch") / "data")
+
+
+def settings(data, folder):
+    values = tree(data, folder, parallel__cp=2, train__steps=8, checkpoint__every=4)
+    values["parallel"] |= {"timeout_minutes": TIMEOUT / 60, "checksum_every": 2}
+    return values
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, data, tmp_path_factory):
+    """The losses of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("watch") / "whole"
+    ranks(2, go, settings(data, folder))
+    return losses(folder)
+
+
+def run_with(fault, guilty, values, folder, gpus=""):
+    """What each of two ranks said and how it ended, and in how many seconds. No launcher stands between them."""
+    config, noted = write_yaml(folder, values), folder / "fault"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = str(Path(__file__).with_name("faulty.py"))
+    started = []
+    for rank in range(2):
+        where = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, script, fault, str(guilty), str(noted), "--config", str(config)],
+                env=environment()
+                | where
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": gpus},
+                stdout=subprocess.DEVNULL,
+                stderr=(folder / f"said{rank}").open("w"),
+            )
+        )
+    try:
+        for rank, process in enumerate(started):
+            if not (fault == "frozen" and rank == guilty):
+                process.wait(timeout=200)
+        seconds = time.time() - float(noted.read_text())
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [((folder / f"said{rank}").read_text(), process.returncode) for rank, process in enumerate(started)], seconds
+
+
+LAST = "the same command goes on from the newest checkpoint"
+THERE = "at step 6, layer 1, backward"
+WAITS = f"waits {THERE}, gradients, stage 1 of 1"
+GONE = "error on rank 1: rank 0 died: its store does not answer"
+SLEEPS = [
+    "nothing moves for",
+    "rank 0 waits at step 6, layer 1, forward, gate sums; not there yet: rank 1 is at step 6, layer 1, forward;",
+]
+FAILED = "failed at step 6, layer 1, forward: MemoryError: no room for a page"
+DIFFERS = "layer 1 was planned differently: rank 1 not as rank 0 of the same cp group;"
+KILLED = (-signal.SIGKILL, [])
+SAID = {  # fault, rank: of each rank the status and words
+    ("killed", 1): [(LOST, ["rank 1 died: nothing heard for", f"rank 1 was last {THERE}; rank 0 {WAITS}"]), KILLED],
+    ("killed", 0): [KILLED, (LOST, [GONE, f"rank 0 was last {THERE}; rank 1 {WAITS}"])],
+    ("frozen", 0): [KILLED, (LOST, [f"{GONE} (no answer for", f"rank 0 was last {THERE}; rank 1 {WAITS}"])],
+    ("asleep", 1): [(LOST, SLEEPS)] * 2,
+    ("fails", 1): [(LOST, [f"rank 1 {FAILED}"]), (1, ["Traceback", "MemoryError: no room for a page"])],
+    ("plans everything", 1): [(LOST, [f"{DIFFERS} ranks 0-1 wait at step 6, layer 1, forward, pages, stage 1 of 1;"])]
+    * 2,
+    ("plans another page", 1): [(1, [f"step 6: {DIFFERS}", "the update was not made"])] * 2,
+}
+RESUMED = [("killed", 1), ("asleep", 1), ("plans everything", 1)]
+
+
+@pytest.mark.parametrize("fault, guilty", SAID, ids=[f"rank {guilty} {fault}" for fault, guilty in SAID])
+def test_every_rank_ends_and_the_run_goes_on(ranks, data, tmp_path, whole, fault, guilty):
+    values = settings(data, tmp_path / "run")
+    found, seconds = run_with(fault, guilty, values, tmp_path)
+    for (said, status), (expected, words) in zip(found, SAID[fault, guilty]):
+        assert status == expected, said
+        for word in words:
+            assert word in said, said
+        if status == LOST:
+            assert LAST in said
+            assert "Traceback" not in said, said
+    assert seconds < TIMEOUT + LATE
+    if (fault, guilty) in RESUMED:
+        assert "after step 4" in ranks(2, go, values)[0]
+        assert losses(tmp_path / "run") == whole
+
+
+# ---- verdicts, without processes
+
+
+def place(layer=3, exchange="", order=(40, 0), **changes):
+    return Place(order, 12, "forward", layer, exchange, timed=True, warm=True)._replace(**changes)
+
+
+def heard(place, seconds=0.0, silent=0.0, timeout=600.0, plans=None, **changes):
+    word = word_at(place, seconds, timeout, plans or {})
+    return Heard(Word(**vars(word) | changes), silent)
+
+
+GATES = place(exchange="gate sums", order=(40, 1))
+
+
+def test_nothing_is_wrong_while_ranks_move():
+    assert judge({0: heard(GATES, 599), 1: heard(place(), 599, silent=29)}, 2) == ""
+
+
+def test_a_silent_rank_died():
+    said = judge({0: heard(GATES, 31), 1: heard(GATES, 31), 2: heard(place(), silent=31)}, 3)
+    assert said == (
+        "rank 2 died: nothing heard for 31 s; rank 2 was last at step 12, layer 3, forward; "
+        "ranks 0-1 wait at step 12, layer 3, forward, gate sums"
+    )
+
+
+def test_the_first_of_the_silent_is_named():
+    said = judge(
+        {0: heard(GATES), 1: heard(GATES, silent=31), 2: heard(place(), silent=40), 3: heard(place(), silent=40.9)}, 4
+    )
+    assert said.startswith("ranks 2-3 died: nothing heard for 41 s")
+
+
+@pytest.mark.parametrize(
+    "where, silent",
+    [
+        (place(), 30),
+        (GATES, 30),
+        (place(timed=False), 600),
+        (place(timed=False, warm=False), 600),
+        (GATES._replace(timed=False, warm=False), 600),
+    ],
+)
+def test_who_may_be_busy_may_be_silent(where, silent):
+    assert not judge({0: heard(GATES), 1: heard(where, silent=silent - 1)}, 2)
+    assert "rank 1 died" in judge({0: heard(GATES), 1: heard(where, silent=silent + 1)}, 2)
+    for suspicious in (heard(GATES, lost=1.0), heard(GATES, 601)):
+        assert "rank 1 died" not in judge({0: suspicious, 1: heard(where, silent=SUSPECT - 1)}, 2)
+        assert "rank 1 died" in judge({0: suspicious, 1: heard(where, silent=SUSPECT + 1)}, 2)
+
+
+@pytest.mark.parametrize(
+    "where, allowed",
+    [
+        (place(), 30.0),
+        (GATES, 30.0),
+        (GATES._replace(timed=False, warm=False), 120.0),
+        (place(timed=False), None),
+        (place(timed=False, exchange="names of files"), 30.0),
+    ],
+)
+def test_how_long_a_rank_may_stay(where, allowed):
+    assert word_at(where, 0.0, 30.0, {}).allowed == allowed
+    if allowed:
+        assert "nothing moves" in judge({0: heard(where, allowed + 1, timeout=30.0)}, 1)
+
+
+def test_of_a_chain_of_waiting_ranks_the_hindmost_is_looked_at():
+    """Rank 0 waits for rank 1, which waits for rank 2; rank 3 waits for all, behind a later layer."""
+    said = judge(
+        {
+            0: heard(place(exchange="pages, stage 2 of 2", order=(40, 3), peers=(1,)), 601),
+            1: heard(place(exchange="pages, stage 1 of 2", order=(40, 2), peers=(2,)), 601),
+            2: heard(place(order=(40, 1)), 20),
+            3: heard(Place((90, 0), 12, "optimizer", timed=True, warm=True), 601),
+        },
+        4,
+    )
+    assert said == (
+        "nothing moves for 601 s: rank 1 waits at step 12, layer 3, forward, pages, stage 1 of 2; "
+        "not there yet: rank 2 is at step 12, layer 3, forward"
+    )
+
+
+def test_a_stall_in_which_nobody_is_behind():
+    said = judge({0: heard(GATES, 601), 1: heard(GATES, 600), 2: heard(GATES, 0, ended="ConfigError: no")}, 3)
+    assert said == (
+        "nothing moves for 601 s: ranks 0-1 wait at step 12, layer 3, forward, gate sums; nobody it needs is behind; "
+        "rank 2 has ended: ConfigError: no"
+    )
+
+
+def test_plans_are_compared_as_soon_as_ranks_stand_still():
+    plans = {2: (39, 5), 3: (40, 6)}
+    same = {rank: heard(GATES, 3, plans=plans) for rank in range(4)}
+    assert judge(same, 4) == ""
+    assert judge(same | {1: heard(GATES, 3, plans={2: (39, 5), 3: (30, 7)})}, 4) == "", "of another time"
+    assert judge(same | {1: heard(GATES, 3)}, 4) == ""
+    said = judge(same | {1: heard(GATES, 3, plans={2: (39, 5), 3: (40, 7)})}, 4)
+    assert said.startswith("layer 3 was planned differently: rank 1 not as ranks 0, 2-3 of the same cp group")
+    assert judge(same | {r: heard(GATES, 3, plans={2: (39, 4)}) for r in (2, 3)}, 2) == "", "another cp group"
+
+
+def test_a_collective_that_fails_without_a_cause():
+    assert judge({0: heard(GATES), 1: heard(GATES, lost=2 * SUSPECT, failed="X: y")}, 2) == ""
+    said = judge({0: heard(GATES), 1: heard(GATES, lost=2 * SUSPECT + 1, failed="X: y")}, 2)
+    assert said.startswith("a collective failed on rank 1 and all ranks live: X: y")
+
+
+def test_words_survive_the_store():
+    word = word_at(GATES._replace(peers=(0, 1)), 3.0, 600.0, {3: (40, -(2**60))})
+    assert Word.from_json(word.to_json()) == word
+    assert Word.from_json(Word().to_json()) == Word()
