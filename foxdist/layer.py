@@ -7,12 +7,13 @@ B batch, T this rank's tokens, H query heads, K key/value heads, D head dim, F h
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from foxdist.attention import RESET, Acp, ContextParallel, forgetting_attention
+from foxdist.attention import RESET, Acp, ContextParallel, find_kept, forgetting_attention
 from foxdist.attention.shift import previous_token
 from foxdist.attention.stats import Counted, Meter
 from foxdist.config import AcpSection, Model
@@ -40,8 +41,8 @@ class RMSNorm(nn.Module):
 class HeadNorm(nn.Module):
     """RMS norm of each head with a weight for every head and dimension: [B, T, heads, D] -> the same, in float32.
 
-    Returns also the largest |weight| of each head [heads]: the normalised vector is no longer than that times sqrt(D).
-    It is taken here because under ZeRO-3 a parameter is whole only while its own module runs.
+    Of None, the largest |weight| of each head [heads]: a normalised vector is no longer than that times sqrt(D). A call
+    too, because under ZeRO-3 a parameter is whole only while its own module runs.
     """
 
     def __init__(self, heads: int, head_dim: int, eps: float):
@@ -49,9 +50,11 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads * head_dim))
         self.shape, self.eps = (heads, head_dim), eps
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor | None) -> torch.Tensor:
         weight = self.weight.float().view(self.shape)
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight, weight.detach().abs().amax(-1)
+        if x is None:
+            return weight.detach().abs().amax(-1)
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight
 
 
 class FloatLinear(nn.Linear):
@@ -97,33 +100,24 @@ class Attention(nn.Module):
         self, x: torch.Tensor, starts: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, Counted]:
         """starts: [B, T] bool, a document's first token. positions: [T] int64 in the whole sequence, with RoPE."""
+        # A document's first token forgets all before it; a constant, so no gradient reaches the gate there.
+        log_f = F.logsigmoid(self.forget_gate(x)).masked_fill(starts[..., None], RESET)
+        options: dict[str, Any] = {"acp": self._rule(x.dtype), "cp": self.cp, "backend": self.backend}
+        # First of all: what ranks must tell each other of the gates travels while q, k and v are made.
+        kept = find_kept(log_f, kv_heads=self.kv_heads, head_dim=self.head_dim, dtype=x.dtype, **options)
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        acp = replace(self.acp, certify=self.certify) if self.acp and self.certify else self.acp
         if self.pro:
             k, v = self._shift(x, k, v, starts)
-            q, q_gain = self.q_norm(q)
-            k, k_gain = self.k_norm(k)
-            if acp is not None:
-                acp = replace(acp, logit_bound=self._logit_bound(q_gain, k_gain, x.dtype))
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base is not None:
             assert positions is not None
             q, k = (_rotate(z, positions, self.rope_base) for z in (q, k))
-        # A document's first token forgets all before it; a constant, so no gradient reaches the gate there.
-        log_f = F.logsigmoid(self.forget_gate(x)).masked_fill(starts[..., None], RESET)
-        out, stats = forgetting_attention(
-            q.to(x.dtype),
-            k.to(x.dtype),
-            v.to(x.dtype),
-            log_f,
-            acp=acp,
-            cp=self.cp,
-            backend=self.backend,
-            return_stats=True,
-        )
+        q, k, v = (z.to(x.dtype) for z in (q, k, v))
+        out, stats = forgetting_attention(q, k, v, log_f, return_stats=True, kept=kept, **options)
         if self.pro:
-            out = self.output_norm(out)[0].flatten(-2) * torch.sigmoid(self.output_gate(x).float())
+            out = self.output_norm(out).flatten(-2) * torch.sigmoid(self.output_gate(x).float())
         else:
             out = out.flatten(-2)
         return self.o_proj(out.to(x.dtype)), stats.counted
@@ -139,13 +133,20 @@ class Attention(nn.Module):
         mixed = share * before + (1 - share) * now
         return mixed[:, :, 0], mixed[:, :, 1]
 
-    def _logit_bound(self, q_gain: torch.Tensor, k_gain: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _rule(self, dtype: torch.dtype) -> Acp | None:
+        """What may be pruned in this call, with what the layer knows of its logits."""
+        if self.acp is None:
+            return None
+        return replace(self.acp, certify=self.certify, logit_bound=self._logit_bound(dtype) if self.pro else None)
+
+    def _logit_bound(self, dtype: torch.dtype) -> torch.Tensor:
         """U [H] >= |scale q.k| from the norm weights alone: no look at q or k, and no communication.
 
         A normalised vector times its weights is no longer than sqrt(D) * gain; the product of two, times D^-0.5, no
         more than sqrt(D) * gains. Rounding to `dtype` may lengthen each by half its eps, float32 arithmetic by 1e-5.
         """
         rounding = (1 + torch.finfo(dtype).eps / 2) ** 2 * (1 + 2e-5)
+        q_gain, k_gain = self.q_norm(None), self.k_norm(None)
         return q_gain * k_gain.repeat_interleave(self.heads // self.kv_heads) * self.head_dim**0.5 * rounding
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,16 +48,17 @@ def in_forward(do):
 
 
 def in_the_plan(change):
-    real = ring._plan
+    """What plans are made of: the first block that each chunk of queries keeps."""
+    real = ring.first_of_chunks
 
-    def plan(start, kv_heads, cp):
-        made = real(start, kv_heads, cp)
+    def first_of_chunks(*args):
+        first = real(*args)
         if not here("forward"):
-            return made
+            return first
         note()
-        return change(made, start, kv_heads, cp, real)
+        return change(first)
 
-    ring._plan = plan
+    ring.first_of_chunks = first_of_chunks
 
 
 def note():
@@ -81,19 +81,11 @@ def fail():
     raise MemoryError("no room for a page")
 
 
-def everything(made, start, kv_heads, cp, plan):
-    """As if nothing were pruned: more messages, and longer ones."""
-    return plan(torch.zeros_like(start), kv_heads, cp)
-
-
-def another_page(made, *_):
-    """Messages of the same sizes: rank 0 gets block 1 where it needs block 2."""
-    need = made.need.copy()
-    need[:, :, 0, [1, 2]] = need[:, :, 0, [2, 1]]
-    assert (need != made.need).any()
-    changed = replace(made, need=need)
-    assert (changed.counts == made.counts).all()
-    return changed
+def another_page(first):
+    """Messages of the same sizes: the last chunk gets a page less of one head, and one more of another."""
+    change = torch.zeros_like(first)
+    change[:, 0, -1], change[:, 1, -1] = 1, -1
+    return first + change
 
 
 FAULTS = {
@@ -101,7 +93,7 @@ FAULTS = {
     "frozen": lambda: in_an_exchange(lambda: end_by(signal.SIGSTOP)),
     "asleep": lambda: in_forward(sleep),
     "fails": lambda: in_forward(fail),
-    "plans everything": lambda: in_the_plan(everything),
+    "plans everything": lambda: in_the_plan(torch.zeros_like),
     "plans another page": lambda: in_the_plan(another_page),
 }
 

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, ring
+from foxdist.attention.exchange import resolve
 from foxdist.attention.transport import Swap
 from foxdist.layout import shard
 
@@ -52,18 +53,28 @@ def test_the_operator_is_what_it_says(bound, dtype, length, backend, rule, optio
     by_head, number = (bound, None) if isinstance(bound, torch.Tensor) else (None, bound)
     log_eps, rule = (None, "") if bound is None and rule == "paper" else (-10.0, rule)
     how = (options.get("certify", 0), options.get("dry_run", False), 0.25, backend, "")
-    arguments = (*tensors, by_head, number, log_eps, rule, *how)
-    torch.library.opcheck(torch.ops.foxdist.attention.default, arguments)
+    q, k, _, log_f = (x.detach() for x in tensors)
+    given = (log_f, q, k, 2, by_head, number, log_eps, rule, 0.25, 90.0, backend, "")
+    torch.library.opcheck(torch.ops.foxdist.find_kept.default, given)
+    kept = torch.ops.foxdist.find_kept.default(*given)
+    torch.library.opcheck(torch.ops.foxdist.attention.default, (*tensors, *kept, log_eps, *how))
 
 
 @pytest.mark.parametrize("backend, dry_run", [("torch", False), ("torch", True), ("triton", False)])
 def test_the_backward_operator_is_what_it_says(backend, dry_run):
     tensors = inputs(2, 130, 4, 2, 16)
-    how = (-10.0, "paper", 0, dry_run, 0.25, backend, "")
-    outputs = torch.ops.foxdist.attention.default(*tensors, None, 4.0, *how)
+    kept = find(tensors, "paper", backend, "")
+    out, lse2, schedule, need, *_ = torch.ops.foxdist.attention.default(
+        *tensors, *kept, -10.0, 0, dry_run, 0.25, backend, ""
+    )
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
-    arguments = (grad, *tensors[:3], *outputs[:-3], dry_run, 0.25, backend, "")
+    arguments = (grad, *tensors[:3], out, lse2, *kept[:3], schedule, need, dry_run, 0.25, backend, "")
     torch.library.opcheck(torch.ops.foxdist.attention_backward.default, arguments)
+
+
+def find(tensors, rule, backend, cp):
+    q, k, _, log_f = tensors
+    return torch.ops.foxdist.find_kept.default(log_f, q, k, 2, None, 4.0, -10.0, rule, 0.25, 90.0, backend, cp)
 
 
 class Work:
@@ -152,43 +163,47 @@ def test_compiled_blocks_under_eager_checkpoints():
 # ---- over ranks
 
 
-def attend(rank, size, layout, schedule):
+def attend(rank, size, layout, schedule, transport):
     """Relative differences of compiled attention from eager, and whether the counts agree."""
     torch._dynamo.reset()
     tensors = [shard(x, rank, size, layout).clone() for x in inputs(2, 1024, 4, 2, 16)]
-    cp = ContextParallel(dist.group.WORLD, layout, schedule)
+    cp = resolve(ContextParallel(dist.group.WORLD, layout, schedule, transport=transport), torch.device("cpu"))
 
     def fn(*tensors):
         out, stats = forgetting_attention(*tensors, acp=Acp(logit_bound=4.0), cp=cp, backend="torch", return_stats=True)
-        return out, stats.kept_by_head, stats.counts
+        return out, stats.kept_by_head, stats.counts, stats.moved
 
     counter = CompileCounterWithBackend("aot_eager")
     found = []
     for run in (fn, *[torch.compile(fn, fullgraph=True, backend=counter)] * 2):
         own = [x.clone().requires_grad_() for x in tensors]
-        out, kept, counts = run(*own)
-        found.append([out, *torch.autograd.grad(out.square().sum(), own), kept, counts])
+        out, *counts = run(*own)
+        found.append([out, *torch.autograd.grad(out.square().sum(), own), *counts])
     eager, *compiled = found
     return [[torch.equal(a, b) for a, b in zip(again, eager)] for again in compiled], counter.frame_count
 
 
-@pytest.mark.parametrize("layout, schedule", [("zigzag", "ring"), ("contiguous", "gather")])
-def test_compiled_attention_over_ranks_has_the_same_bits(ranks, layout, schedule):
-    for same, graphs in ranks(2, attend, layout, schedule):
+@pytest.mark.parametrize("layout, schedule, transport", [("zigzag", "ring", "nccl"), ("contiguous", "gather", "peer")])
+def test_compiled_attention_over_ranks_has_the_same_bits(ranks, layout, schedule, transport):
+    for same, graphs in ranks(2, attend, layout, schedule, transport):
         assert all(map(all, same)), same
         assert graphs == 1
 
 
-def outputs_and_fakes(rank, size, layout, backend):
+def outputs_and_fakes(rank, size, layout, backend, transport):
     """Shape and strides of all that the operators return, and of what their fakes say."""
-    cp = ContextParallel(dist.group.WORLD, layout)
+    cp = ContextParallel(dist.group.WORLD, layout, transport=transport)
     tensors = [shard(x, rank, size, layout).clone() for x in inputs(1, 1024, 4, 2, 16)]
     forward, backward = torch.ops.foxdist.attention.default, torch.ops.foxdist.attention_backward.default
 
     def run(tensors):
-        outputs = forward(*tensors, None, 4.0, -10.0, "tight", 3, False, 0.25, backend, cp.key)
-        gradients = backward(tensors[0], *tensors[:3], *outputs[:-2], False, 0.25, backend, cp.key)
-        return [(tuple(x.shape), x.stride(), x.dtype) for x in (*outputs, *gradients)]
+        kept = find(tensors, "tight", backend, cp.key)
+        outputs = forward(*tensors, *kept, -10.0, 3, False, 0.25, backend, cp.key)
+        out, lse2, schedule, need, *_ = outputs
+        gradients = backward(
+            tensors[0], *tensors[:3], out, lse2, *kept[:3], schedule, need, False, 0.25, backend, cp.key
+        )
+        return [(tuple(x.shape), x.stride(), x.dtype) for x in (*kept, *outputs, *gradients)]
 
     mode = FakeTensorMode()
     with mode:
@@ -196,10 +211,13 @@ def outputs_and_fakes(rank, size, layout, backend):
     return run(tensors), fakes
 
 
-@pytest.mark.parametrize("layout, backend", [("zigzag", "torch"), ("contiguous", "torch"), ("zigzag", "triton")])
-def test_the_operators_over_ranks_are_what_they_say(ranks, layout, backend):
+@pytest.mark.parametrize(
+    "layout, backend, transport",
+    [("zigzag", "torch", "nccl"), ("contiguous", "torch", "peer"), ("zigzag", "triton", "nccl")],
+)
+def test_the_operators_over_ranks_are_what_they_say(ranks, layout, backend, transport):
     """Strides, too: compiled code reads what the fakes promise, such as the plan's table, which numpy lays out."""
-    for real, fakes in ranks(2, outputs_and_fakes, layout, backend):
+    for real, fakes in ranks(2, outputs_and_fakes, layout, backend, transport):
         assert real == fakes
 
 

@@ -69,6 +69,7 @@ ORDER = [
     "attention.operators",
     "attention.interface",
     "attention",
+    "loss_kernel",
     "loss",
     "layer",
     "model",

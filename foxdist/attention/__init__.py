@@ -2,7 +2,7 @@
 
 from foxdist.attention.acp import Acp
 from foxdist.attention.gates import RESET
-from foxdist.attention.interface import forgetting_attention
+from foxdist.attention.interface import find_kept, forgetting_attention
 from foxdist.attention.naive import naive_forgetting_attention
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.transport import ContextParallel
@@ -12,6 +12,7 @@ __all__ = [
     "Acp",
     "AttentionStats",
     "ContextParallel",
+    "find_kept",
     "forgetting_attention",
     "naive_forgetting_attention",
 ]

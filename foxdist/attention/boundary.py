@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from foxdist.attention import gates, tight
-from foxdist.attention.acp import Acp, bounded_heads, largest_norms, reference_room, start_blocks
+from foxdist.attention.acp import Acp, bounded_heads, largest_norms, start_blocks
 
 Whole = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,28 +26,31 @@ class Boundary(NamedTuple):
 
 
 def find_boundary(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
     log_f: torch.Tensor,
     acp: Acp | None,
     bound: torch.Tensor | float | None,
     scale: float,
     length: int,
+    room: float,
     whole: Whole,
     backend: str,
 ) -> Boundary:
     """The sums of log_f [B, T, H] float32, and what `acp` prunes by them.
 
-    q, k: read by `bound="tight"` only. bound: U, a number or a tensor that broadcasts to [B, H]; any where acp
-    is None; None: not known, which only `tight` can do with. length: keys in the whole sequence.
+    q, k: read by `bound="tight"` only, which must have them. bound: U, a number or a tensor that broadcasts to [B, H];
+    any where acp is None; None: not known, which only `tight` can do with. length: keys in the whole sequence. room:
+    `acp.reference_room`.
     """
-    room = reference_room(q.dtype, length)
     if _in_kernels(log_f, backend):
         from foxdist.attention.kernels import gates as kernels
 
         if acp is not None and acp.bound == "tight":
             from foxdist.attention.kernels import tight as tight_kernels
 
+            assert q is not None
+            assert k is not None
             c_in, table = kernels.block_sums(log_f, tight.SCORES)
             tight_kernels.block_scores(q, k, c_in, scale, table)
             return Boundary(c_in, *tight_kernels.boundary(whole(table), bound, acp.log_eps, room))
@@ -59,6 +62,8 @@ def find_boundary(
     table = gates.block_table(c_in)
     given = None if bound is None else torch.as_tensor(bound, dtype=torch.float64, device=log_f.device)
     if acp is not None and acp.bound == "tight":
+        assert q is not None
+        assert k is not None
         table = whole(torch.cat([table, tight.block_scores(q, k, c_in, scale)], -1))
         base = gates.bases(table)
         start, largest = tight.start_blocks(base, table[..., 2:], acp.log_eps, given)

@@ -4,11 +4,13 @@ import math
 
 import torch
 
+from foxdist.attention import operators
 from foxdist.attention.acp import Acp
 from foxdist.attention.backends import choose_backend
+from foxdist.attention.boundary import Boundary
 from foxdist.attention.counting import own_blocks
 from foxdist.attention.exchange import resolve
-from foxdist.attention.operators import attention
+from foxdist.attention.ring import needs_queries
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.transport import ContextParallel
 from foxdist.layout import BLOCK, chunk_count
@@ -27,6 +29,7 @@ def forgetting_attention(
     cp: ContextParallel | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    kept: Boundary | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, AttentionStats]:
     """FoX attention (see `naive_forgetting_attention`), pruned by `acp` and spread over the ranks of `cp`.
 
@@ -42,6 +45,7 @@ def forgetting_attention(
         Kernels read q, k and v where they are if rows begin at multiples of 16 bytes and D is the innermost, contiguous
         dimension, and copies of them otherwise.
     return_stats: also return what was kept and sent. Default: False.
+    kept: by `find_kept`, from the same gates and options. Default: None, it is found here.
 
     Returns out [B, T, H, D] in q's dtype, differentiable in q, k, v and log_f, and `AttentionStats` if asked for.
     Raises `ValueError` naming the argument. The sign of log_f is checked on CPU only: on a GPU that would wait for the
@@ -61,11 +65,46 @@ def forgetting_attention(
     cp = cp if cp is not None and cp.size > 1 else None
     if cp is not None:
         cp = resolve(cp, q.device)
-    out, start, counts, moved, pruned = attention(q, k, v, log_f, scale=scale, acp=acp, cp=cp, backend=runs.name)
+    options = {"scale": scale, "acp": acp, "cp": cp, "backend": runs.name}
+    if kept is not None and kept.c_in.shape[:2] != (q.shape[0], q.shape[2]):
+        raise ValueError(
+            f"kept: of {list(kept.c_in.shape[:2])} rows and heads; must be of {[q.shape[0], q.shape[2]]}, as q; call "
+            "find_kept with these gates"
+        )
+    if kept is None:
+        kept = operators.find_kept(log_f, q, k, kv_heads=k.shape[2], dtype=q.dtype, **options)
+    out, counts, moved, pruned = operators.attention(q, k, v, log_f, kept, **options)
     if not return_stats:
         return out
-    blocks = own_blocks(start.shape[-1], cp, start.device)
-    return out, AttentionStats(start, blocks, counts, moved, pruned, runs.name, runs.reason)
+    blocks = own_blocks(kept.start.shape[-1], cp, kept.start.device)
+    return out, AttentionStats(kept.start, blocks, counts, moved, pruned, runs.name, runs.reason)
+
+
+def find_kept(
+    log_f: torch.Tensor,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    acp: Acp | None = None,
+    cp: ContextParallel | None = None,
+    backend: str = "auto",
+) -> Boundary | None:
+    """What `forgetting_attention` will keep, for its argument `kept`, from the gates alone: call it before q, k and v
+    are made, and planning across ranks hides behind that. All arguments must be those of the call to come.
+
+    log_f: [B, T, H] float32. kv_heads: K. head_dim: D. dtype: of q. None if the rule looks at q and k: without
+    `acp.logit_bound`, or with `bound="tight"`.
+    """
+    if acp is not None and acp.log_eps == -math.inf:
+        acp = None
+    if needs_queries(acp):
+        return None
+    name = choose_backend(backend, log_f.device, dtype, head_dim).name
+    cp = resolve(cp, log_f.device) if cp is not None and cp.size > 1 else None
+    return operators.find_kept(
+        log_f, None, None, kv_heads=kv_heads, dtype=dtype, scale=head_dim**-0.5, acp=acp, cp=cp, backend=name
+    )
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:

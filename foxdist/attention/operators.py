@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from foxdist.attention import ring, tiles
-from foxdist.attention.acp import Acp
+from foxdist.attention.acp import Acp, reference_room
+from foxdist.attention.boundary import Boundary
 from foxdist.attention.plan import Plan
 from foxdist.attention.replay import remember
 from foxdist.attention.stats import COUNTS
@@ -25,12 +26,19 @@ from foxdist.layout import BLOCK, chunk_count
 Outputs = tuple[torch.Tensor, ...]
 
 _library = torch.library.Library("foxdist", "FRAGMENT")
-# out, lse2, c_in, base, start, schedule are those of `ring.Result`, need is that of `Plan` or [0], counts, moved and
-# pruned of stats.py.
+# c_in, base, start and bounded are those of `boundary.Boundary`; out, lse2 and schedule those of `ring.Result`; need is
+# that of `Plan` or [0]; counts, moved and pruned are of stats.py. attention reads log_f through c_in alone, and takes
+# it for its gradient.
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor? bound_by_head, float? bound_number, float? log_eps, "
-    "str bound, int certify, bool dry_run, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, Tensor c_in, "
-    "Tensor base, Tensor start, Tensor schedule, Tensor need, Tensor counts, Tensor moved, Tensor pruned)",
+    "find_kept(Tensor log_f, Tensor? q, Tensor? k, int kv_heads, Tensor? bound_by_head, float? bound_number, "
+    "float? log_eps, str bound, float scale, float room, str backend, str cp) -> (Tensor c_in, Tensor base, "
+    "Tensor start, Tensor bounded)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor c_in, Tensor base, Tensor start, Tensor bounded, "
+    "float? log_eps, int certify, bool dry_run, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, "
+    "Tensor schedule, Tensor need, Tensor counts, Tensor moved, Tensor pruned)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -39,8 +47,49 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_find_kept_operator = torch.ops.foxdist.find_kept.default
 _attention = torch.ops.foxdist.attention.default
 _attention_backward = torch.ops.foxdist.attention_backward.default
+
+
+def find_kept(
+    log_f: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    *,
+    kv_heads: int,
+    dtype: torch.dtype,
+    scale: float,
+    acp: Acp | None,
+    cp: ContextParallel | None,
+    backend: str,
+) -> Boundary:
+    """The boundary that `attention` wants, without a gradient; across ranks it is found beside the current stream.
+
+    q, k: where `ring.needs_queries`; only then read. dtype: of q. Arguments are checked; `cp` as for `attention`.
+    """
+    given = acp.logit_bound if acp else None
+    by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
+    looked_at: tuple[torch.Tensor | None, torch.Tensor | None] = (
+        (q.detach(), k.detach()) if q is not None and k is not None and ring.needs_queries(acp) else (None, None)
+    )
+    plain = not torch.compiler.is_compiling() and _is_plain(log_f, *looked_at, by_head)
+    find: Any = _find_kept if plain else _find_kept_operator
+    return Boundary(
+        *find(
+            log_f.detach(),
+            *looked_at,
+            kv_heads,
+            by_head,
+            None if number is None else float(number),
+            acp.log_eps if acp else None,
+            acp.bound if acp else "",
+            float(scale),
+            reference_room(dtype, log_f.shape[1] * (cp.size if cp else 1)),
+            backend,
+            cp.key if cp else "",
+        )
+    )
 
 
 def attention(
@@ -48,33 +97,30 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     log_f: torch.Tensor,
+    kept: Boundary,
     *,
     scale: float,
     acp: Acp | None,
     cp: ContextParallel | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, start, counts, moved, pruned), of which out is differentiable. Arguments are checked; `cp` has several
-    ranks, and its transport is decided."""
-    given = acp.logit_bound if acp else None
-    by_head, number = (given, None) if isinstance(given, torch.Tensor) else (None, given)
-    eager = not torch.compiler.is_compiling() and _is_plain(q, k, v, log_f, by_head)
-    out, _, _, _, start, _, _, counts, moved, pruned = (_Attention.apply if eager else _attention)(
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, counts, moved, pruned), of which out is differentiable. Arguments are checked; `cp` has several ranks, and
+    its transport is decided. kept: by `find_kept`, of the same gates."""
+    eager = not torch.compiler.is_compiling() and _is_plain(q, k, v, log_f, *kept)
+    out, _, _, _, counts, moved, pruned = (_Attention.apply if eager else _attention)(
         q,
         k,
         v,
         log_f,
-        by_head,
-        None if number is None else float(number),
+        *kept,
         acp.log_eps if acp else None,
-        acp.bound if acp else "",
         acp.certify if acp else 0,
         acp.dry_run if acp else False,
         float(scale),
         backend,
         cp.key if cp else "",
     )
-    return out, start, counts, moved, pruned
+    return out, counts, moved, pruned
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -87,56 +133,88 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+def _find_kept(
     log_f: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    kv_heads: int,
     bound_by_head: torch.Tensor | None,
     bound_number: float | None,
     log_eps: float | None,
     bound: str,
-    certify: int,
-    dry_run: bool,
     scale: float,
+    room: float,
     backend: str,
     cp: str,
 ) -> Outputs:
     if not log_f.is_cuda and bool((log_f > 0).any()):
         raise ValueError("log_f: holds positive values; must be <= 0; use logsigmoid")
     given = bound_number if bound_by_head is None else bound_by_head
-    acp = None if log_eps is None else Acp(log_eps=log_eps, bound=bound, logit_bound=given, certify=certify)  # type: ignore[arg-type]
+    acp = None if log_eps is None else Acp(log_eps=log_eps, bound=bound, logit_bound=given)  # type: ignore[arg-type]
+    call = ring.Call(scale, acp, context_parallel(cp), backend, dry_run=False)
+
+    def compute() -> tuple[torch.Tensor, ...]:
+        return tuple(x.contiguous() for x in ring.find_kept(q, k, log_f, kv_heads, room, call))
+
+    with _as_written(log_f):
+        return remember(compute)
+
+
+def _fake_find_kept(log_f: torch.Tensor, *rest: Any) -> Outputs:
+    rows, length, heads = log_f.shape
+    blocks = -(-length // BLOCK)
+    spread = context_parallel(rest[-1])
+    total = blocks * (spread.size if spread else 1)
+    return (
+        log_f.new_empty(rows, heads, blocks, BLOCK),
+        log_f.new_empty(rows, heads, total + 1, dtype=torch.float64),
+        log_f.new_empty(rows, heads, total, dtype=torch.int32),
+        log_f.new_empty(rows, heads, dtype=torch.int32),
+    )
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_f: torch.Tensor,
+    c_in: torch.Tensor,
+    base: torch.Tensor,
+    start: torch.Tensor,
+    bounded: torch.Tensor,
+    log_eps: float | None,
+    certify: int,
+    dry_run: bool,
+    scale: float,
+    backend: str,
+    cp: str,
+) -> Outputs:
+    acp = None if log_eps is None else Acp(log_eps=log_eps, certify=certify)
     call = ring.Call(scale, acp, context_parallel(cp), backend, dry_run)
 
     def compute() -> tuple[torch.Tensor, ...]:
-        result, counts, moved, pruned = ring.forward(q, k, v, log_f, call)
+        result, counts, moved, pruned = ring.forward(q, k, v, Boundary(c_in, base, start, bounded), call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
-        kept = result.out, result.lse2, result.c_in, result.base, result.start, result.schedule, need
-        return *(x.contiguous() for x in kept), counts, moved, pruned
+        return *(x.contiguous() for x in (result.out, result.lse2, result.schedule, need)), counts, moved, pruned
 
     with _as_written(q):
         return remember(compute)
 
 
-def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, *rest: Any) -> Outputs:
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, c_in: torch.Tensor, *rest: Any
+) -> Outputs:
     *_, certify, _, _, backend, cp = rest
-    rows, length, heads, _ = q.shape
-    blocks = -(-length // BLOCK)
+    rows, _, heads, _ = q.shape
     spread = context_parallel(cp)
-    total, need = blocks, [0]
-    if spread:
-        total = blocks * spread.size
+    need = [0]
     on_host = spread is not None and spread.transport == "nccl"
     if spread and on_host:
         need = [rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout)]
-    sums = log_f.new_empty(rows, heads, blocks, BLOCK)
-    words = tiles.schedule_size(backend, rows, heads, k.shape[2], blocks)
+    words = tiles.schedule_size(backend, rows, heads, k.shape[2], c_in.shape[2])
     return (
         q.new_empty(q.shape),
-        sums,
-        torch.empty_like(sums),
-        log_f.new_empty(rows, heads, total + 1, dtype=torch.float64),
-        log_f.new_empty(rows, heads, total, dtype=torch.int32),
+        torch.empty_like(c_in),
         log_f.new_empty(words, dtype=torch.int64),
         log_f.new_empty(need, dtype=torch.int64, device="cpu"),
         log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
@@ -181,11 +259,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
-            forward = _forward if _is_plain(*inputs[:5]) else _attention
-            out, *rest, counts, moved, pruned = outputs = forward(*inputs)
-        q, k, v, *_, ctx.dry_run, ctx.scale, ctx.backend, ctx.cp = inputs
-        ctx.save_for_backward(q, k, v, out, *rest)
-        ctx.mark_non_differentiable(*rest, counts, moved, pruned)
+            forward = _forward if _is_plain(*inputs[:8]) else _attention
+            out, lse2, schedule, need, *rest = outputs = forward(*inputs)
+        q, k, v, _, c_in, base, start, *_, ctx.dry_run, ctx.scale, ctx.backend, ctx.cp = inputs
+        ctx.save_for_backward(q, k, v, out, lse2, c_in, base, start, schedule, need)
+        ctx.mark_non_differentiable(lse2, schedule, need, *rest)
         ctx.set_materialize_grads(False)  # of what is not differentiable, too
         return outputs
 
@@ -193,11 +271,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if grad is None:
-            return (None,) * 13
+            return (None,) * 14
         saved = ctx.saved_tensors
         backward: Any = _backward if _is_plain(grad, *saved) else _attention_backward
         gradients = backward(grad, *saved, ctx.dry_run, ctx.scale, ctx.backend, ctx.cp)
-        return *gradients, *(None,) * 9
+        return *gradients, *(None,) * 10
 
 
 @contextmanager
@@ -209,8 +287,10 @@ def _as_written(like: torch.Tensor) -> Iterator[None]:
         yield
 
 
+_library.impl("find_kept", _find_kept, "CompositeExplicitAutograd")
 _library.impl("attention", _Attention.apply, "Autograd")
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("foxdist::find_kept", _fake_find_kept, lib=_library)
 torch.library.register_fake("foxdist::attention", _fake_forward, lib=_library)
 torch.library.register_fake("foxdist::attention_backward", _fake_backward, lib=_library)

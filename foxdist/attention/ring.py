@@ -2,7 +2,8 @@
 
 Forward, on every rank:
 
-    gate sums of own blocks --all-gather--> bases, start -> who needs which pages (equal everywhere)
+    gate sums of own blocks --all-gather--> bases, start -> who needs which pages (equal everywhere; `find_kept`, beside
+                                                            the current stream, while q, k and v are made)
     pages of the first stages travel
     attention over own blocks                             | meanwhile
     for each stage: attention over its pages, merged; the pages of the stage after next travel
@@ -15,11 +16,13 @@ forward.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from foxdist.attention import boundary, streams, tiles
 from foxdist.attention.acp import Acp, measured_bound
+from foxdist.attention.boundary import Boundary
 from foxdist.attention.certificate import pruned_weight
 from foxdist.attention.counting import count, own_blocks
 from foxdist.attention.exchange import Exchange
@@ -45,6 +48,17 @@ class Call:
     dry_run: bool
 
 
+class Found(NamedTuple):
+    """What `find_kept` launched last on a device."""
+
+    start: int  # the address of its `start`
+    event: torch.cuda.Event | None
+    first: streams.ToHost
+
+
+_latest: dict[torch.device, Found] = {}
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """All that backward needs besides q, k and v, and what activation checkpointing keeps."""
@@ -59,26 +73,50 @@ class Result:
     """None where nothing is borrowed, or where the transport needs no plan on the host."""
 
 
+def find_kept(
+    q: torch.Tensor | None, k: torch.Tensor | None, log_f: torch.Tensor, kv_heads: int, room: float, call: Call
+) -> Boundary:
+    """The gates' sums and what every rank keeps, by them: found beside the current stream. `forward` waits for it.
+
+    q, k: needed where `needs_queries` says so. kv_heads: K. room: `acp.reference_room`.
+    """
+    length, cp, device = log_f.shape[1], call.cp, log_f.device
+    keys = length * (cp.size if cp else 1)
+    if cp is None:
+        bound = _logit_bound(q, k, call, device)
+        return boundary.find_boundary(q, k, log_f, call.acp, bound, call.scale, keys, room, lambda x: x, call.backend)
+    ready = streams.mark(device)
+    with streams.aside(device):
+        streams.after(ready)
+        bound = _logit_bound(q, k, call, device)
+        kept = boundary.find_boundary(
+            q, k, log_f, call.acp, bound, call.scale, keys, room, lambda x: _whole(x, cp, "gate sums"), call.backend
+        )
+        first = streams.ToHost(first_of_chunks(kept.start, kv_heads, chunk_count(cp.size, cp.layout)))
+        _latest[device] = Found(kept.start.data_ptr(), streams.mark(device), first)
+    streams.hand_over(kept)
+    progress.planned(first)
+    return kept
+
+
+def needs_queries(acp: Acp | None) -> bool:
+    """Whether `find_kept` looks at q and k: not if bounds on the logits are known beforehand."""
+    return acp is not None and (acp.logit_bound is None or acp.bound == "tight")
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Boundary, call: Call
 ) -> tuple[Result, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of this rank's queries; the call's `counts` and `moved` (see stats.py); the weight pruned, [0] if not
     asked."""
-    length, cp = q.shape[1], call.cp
-    keys = length * (cp.size if cp else 1)
-    bound = _logit_bound(q, k, call)
-    c_in, base, start, bounded = boundary.find_boundary(
-        q, k, log_f, call.acp, bound, call.scale, keys, lambda x: _whole(x, cp, "gate sums"), call.backend
-    )
-    lent = torch.zeros_like(start) if call.dry_run else start
+    cp, start = call.cp, kept.start
+    found = _take_found(start, k.shape[2], cp)
+    bounded, lent = kept.bounded, start
     if call.dry_run:
-        bounded = torch.zeros_like(bounded)
-    first = _first_kept(start, k.shape[2], cp)
-    if first:
-        progress.planned(first)
-    queries, pool, own = _local(q, k, v, c_in, base, start, call)
+        bounded, lent = torch.zeros_like(bounded), torch.zeros_like(start)
+    queries, pool, own = _local(q, k, v, kept.c_in, kept.base, start, call)
     schedule = tiles.make_schedule(call.backend, queries, own)
-    needed = _plan(first, start.shape[-1], cp)
+    needed = _plan(found, start.shape[-1], cp)
     plan = needed
     if needed and call.dry_run:
         plan = causal_plan(len(needed.need), needed.need.shape[1], needed.blocks, needed.size, needed.layout)
@@ -88,9 +126,9 @@ def forward(
     for _, table, borrowed in exchange or ():
         partial = tiles.forward(call.backend, queries, borrowed, table, bounded, partial, partial=True)
 
-    result = Result(partial.out.to(q.dtype), partial.lse2, c_in, base, start, schedule, plan)
+    result = Result(partial.out.to(q.dtype), partial.lse2, kept.c_in, kept.base, start, schedule, plan)
     samples = call.acp.certify if call.acp else 0
-    pruned = pruned_weight(queries, k, start, samples, cp) if samples else base.new_empty(0, dtype=torch.float32)
+    pruned = pruned_weight(queries, k, start, samples, cp) if samples else lent.new_empty(0, dtype=torch.float32)
     counts, moved = count(start, pool, cp, exchange, needed)
     return result, counts, moved, pruned
 
@@ -174,27 +212,37 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None, what: str) -> torch.Tens
     return unshard(all_gather(cp, x, what), cp.layout, dim=2) if cp else x
 
 
-def _logit_bound(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor | float | None:
+def _logit_bound(
+    q: torch.Tensor | None, k: torch.Tensor | None, call: Call, device: torch.device
+) -> torch.Tensor | float | None:
     """U, a number or broadcastable to [B, H]: as given, or measured over all ranks; None where the rule that prunes
     finds it in its own numbers."""
     given = call.acp.logit_bound if call.acp else 0.0
     if given is not None:
-        return given.to(q.device) if isinstance(given, torch.Tensor) else given
+        return given.to(device) if isinstance(given, torch.Tensor) else given
     if call.acp and call.acp.bound == "tight":
         return None
+    assert q is not None
+    assert k is not None
     norms = boundary.find_norms(q, k, call.backend)
     return measured_bound(all_max(call.cp, norms, "norms") if call.cp else norms, q.shape[2], call.scale)
 
 
-def _first_kept(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> streams.ToHost | None:
-    """The chunks' starts, of which plans are made, on their way to the host: every rank must have found the same."""
+def _take_found(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> streams.ToHost | None:
+    """Makes the current stream wait for what `find_kept` found last. The numbers that plans are made of, on their way
+    to the host; None without other ranks."""
     if cp is None:
         return None
+    found = _latest.get(start.device)
+    if found:
+        streams.after(found.event)  # or for a later one, in a program that finds for several calls first: as good
+        if found.start == start.data_ptr():
+            return found.first
     return streams.ToHost(first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout)))
 
 
 def _plan(first: streams.ToHost | None, blocks: int, cp: ContextParallel | None) -> Plan | None:
-    """The plan of all ranks; None if there is none on the host."""
+    """The plan of all ranks, where the transport needs one on the host."""
     if first is None or cp is None or cp.transport == "peer":
         return None
     return make_plan(first.numpy(), blocks, cp.size, cp.layout)

@@ -4,6 +4,7 @@ On a GPU a stream of high priority, one for each device, and events between it a
 does nothing: what is called is done when it returns.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -60,6 +61,13 @@ def to_device(x: np.ndarray, device: torch.device, *users: torch.cuda.Stream) ->
     for stream in users:
         there.record_stream(stream)
     return there
+
+
+def hand_over(tensors: Iterable[torch.Tensor]) -> None:
+    """Says that the current stream will use what the one beside it made, so that its memory is not reused too early."""
+    for x in tensors:
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream(x.device))
 
 
 def current(device: torch.device) -> tuple[torch.cuda.Stream, ...]:

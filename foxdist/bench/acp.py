@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from foxdist.attention import Acp, boundary
-from foxdist.attention.acp import BOUNDS, largest_norms, measured_bound
+from foxdist.attention.acp import BOUNDS, largest_norms, measured_bound, reference_room
 from foxdist.attention.certificate import pruned_weight
 from foxdist.attention.plan import make_plan
 from foxdist.attention.queries import Queries
@@ -156,7 +156,9 @@ def find(rule: str, group: Group, chosen: argparse.Namespace) -> tuple[torch.Ten
         return optimum(group, scale, chosen.log_eps)
     limit = measured_bound(largest_norms(q, k), q.shape[2], scale)
     acp = Acp(log_eps=chosen.log_eps, bound=rule)  # type: ignore[arg-type]
-    found = boundary.find_boundary(q, k, log_f, acp, limit, scale, length, lambda x: x, "torch")
+    found = boundary.find_boundary(
+        q, k, log_f, acp, limit, scale, length, reference_room(q.dtype, length), lambda x: x, "torch"
+    )
     blocks = torch.arange(found.start.shape[-1], device=q.device)
     queries = Queries(q, found.c_in, found.base, found.start, blocks, scale)
     return found.start, float(pruned_weight(queries, k, found.start, chosen.samples, None).max())
