@@ -1,6 +1,7 @@
 """The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
 
 import math
+import os
 import time
 from dataclasses import replace
 
@@ -56,9 +57,12 @@ def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidd
     assert graphs == 1
 
 
-def attend(rank, size, layout, schedule, acp):
+def attend(rank, size, layout, schedule, acp, transport, one_gpu=False):
+    if one_gpu:  # of which torch would say that two ranks have it by mistake
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        torch.cuda.set_device(0)
     tensors = [shard(x, rank, size, layout).cuda() for x in inputs(2, 2048, 4, 2, 64)]
-    cp = ContextParallel(dist.group.WORLD, layout, schedule)
+    cp = ContextParallel(dist.group.WORLD, layout, schedule, transport=transport)
     certified = replace(acp, certify=200)
     _, stats = forgetting_attention(*tensors, acp=certified, cp=cp, return_stats=True)
     assert stats.pruned.max() <= math.exp(acp.log_eps)
@@ -69,9 +73,9 @@ def attend(rank, size, layout, schedule, acp):
                 lambda *t: forgetting_attention(*t, acp=acp, cp=cp), tensors, rank, size, layout
             )
         ]
-        for _ in range(2)
+        for _ in range(4)
     ]
-    assert all(torch.equal(a, b) for a, b in zip(*runs)), "two runs give the same bits"
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run)), "all runs give the same bits"
     return runs[0]
 
 
@@ -83,16 +87,31 @@ def gradients_with_slice(fn, tensors, rank, size, layout):
     return [out.detach(), *torch.autograd.grad((out.double() * weight).sum(), tensors)]
 
 
-@needs_two
-@pytest.mark.parametrize("acp", [Acp(logit_bound=8.0), Acp(bound="tight")], ids=["paper", "tight"])
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("schedule", ["gather", "ring"])
-def test_ranks_give_what_one_process_gives(ranks, layout, schedule, acp):
+def compare_ranks(answers, layout, acp):
     expected = gradients(lambda *t: forgetting_attention(*t, acp=acp), inputs(2, 2048, 4, 2, 64))
-    answers = ranks(2, attend, layout, schedule, acp, backend="nccl")
     for i, name in enumerate(NAMES):
         got = unshard([a[i] for a in answers], layout)
         assert relative(got, expected[i]) < (1e-4 if name == "dlog_f" else 1e-5), name
+
+
+RULES = pytest.mark.parametrize("acp", [Acp(logit_bound=8.0), Acp(bound="tight")], ids=["paper", "tight"])
+
+
+@needs_two
+@RULES
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("schedule", ["gather", "ring"])
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_ranks_give_what_one_process_gives(ranks, layout, schedule, acp, transport):
+    compare_ranks(ranks(2, attend, layout, schedule, acp, transport, backend="nccl"), layout, acp)
+
+
+@needs_gpu
+@RULES
+@pytest.mark.parametrize("size, layout, schedule", [(2, "zigzag", "gather"), (4, "contiguous", "ring")])
+def test_processes_of_one_gpu_read_each_others_memory(ranks, size, layout, schedule, acp):
+    """All of the peer transport but the link: its kernels, barriers and order of streams."""
+    compare_ranks(ranks(size, attend, layout, schedule, acp, "peer", True), layout, acp)
 
 
 @needs_two
