@@ -3,7 +3,11 @@
 import gc
 import json
 import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,6 +202,7 @@ def test_the_search_ends_at_another_failure():
         (["--longest", "--lengths", "512"], "use --up-to"),
         (["--longest", "--up-to", "512"], "must be at least 16384"),
         (["--profile", "trace.json"], "of 2 configurations"),
+        (["--acp", "on", "--profile", "nowhere/trace.json"], "its folder does not exist"),
         (["--zero", "3", "--compile", "on"], "train.compile=true"),
         (["--steps", "1", "parallel.zero=2"], "use --zero"),
         (["--steps", "1", "model.heads=2"], "use --gates initial"),
@@ -253,4 +258,25 @@ def test_a_rank_that_fails_ends_the_others_and_the_next_call_works(no_launcher):
             call(one_fails, "exit")
     finally:
         call.stop()
-    call.stop()
+
+
+def test_ranks_end_with_the_process_that_asks(tmp_path):
+    """Even if that is killed: a rank that stays behind would keep its GPU."""
+    busy = tmp_path / "busy"
+    work = f"import time; open({str(busy)!r}, 'w'); time.sleep(600)"
+    code = f"from foxdist.bench.processes import Processes; Processes(1)(exec, {work!r})"
+    asking = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    try:
+        begun = time.monotonic()
+        while not busy.exists() and time.monotonic() < begun + 100:
+            time.sleep(0.1)
+        ranks = [p for p in psutil.Process(asking.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    finally:
+        asking.kill()
+        asking.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    for each in alive:
+        each.kill()
+    assert busy.exists()
+    assert ranks
+    assert not alive

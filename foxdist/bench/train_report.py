@@ -53,7 +53,7 @@ def utilisation(row: Row) -> float | None:
 
 
 def peak_memory(row: Row) -> float:
-    """GiB of the rank with most: on its GPU, or resident on a CPU."""
+    """GiB of the rank with most: on its GPU, or resident on a CPU, there since its process began."""
     return next(row[name] for name in ("memory/peak_allocated(GiB)", "memory/peak_resident(GiB)") if name in row)
 
 
