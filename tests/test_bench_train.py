@@ -43,19 +43,18 @@ def run(model, *options):
 # ---- one cell, on ranks of the tests
 
 
-def measured(rank, size, path, gate, overrides, folder):
+def measured(rank, size, path, gate, length, overrides, folder):
     """Metrics of a cell, and how many models are left after it."""
-    length = 1024
     given = [f"data.sequence_length={length}", f"train.tokens_per_step={length}", *overrides]
     trace = folder / "trace.json" if folder else None
-    values = cells.measure(cells.Cell("tiny", gate, configuration.load(path, given), 1, 2, trace))
+    values = cells.measure(cells.Cell("tiny", gate, configuration.load(path, given), 1, 2 if trace else 1, trace))
     return values, sum(isinstance(each, FoX) for each in gc.get_objects())
 
 
 def test_opened_gates_keep_the_share_of_their_regime(ranks, model):
-    opened, left = ranks(1, measured, model, "opened", [], None)[0]
-    initial, _ = ranks(1, measured, model, "initial", [], None)[0]
-    heads, dim, length = 4, 8, 1024
+    heads, dim, length = 4, 8, 2048
+    opened, left = ranks(1, measured, model, "opened", length, [], None)[0]
+    initial, _ = ranks(1, measured, model, "initial", 1024, [], None)[0]
     c = gates.find("acp").draw(heads, dim, length, 0)[0].T.double().cumsum(-1)
     delta = gates.threshold(dim**0.5, length, -10.0)
     share = 100 * gates.kept_share(gates.first_kept(c, delta))
@@ -67,7 +66,7 @@ def test_opened_gates_keep_the_share_of_their_regime(ranks, model):
 
 def test_a_step_is_an_optimizer_step_of_all_ranks(ranks, model, tmp_path):
     overrides = ["parallel.cp=2", "parallel.zero=2", "acp.enabled=false"]
-    (values, _), (other, _) = ranks(2, measured, model, "opened", overrides, tmp_path)
+    (values, _), (other, _) = ranks(2, measured, model, "opened", 1024, overrides, tmp_path)
     for name in ("loss", "grad_norm", "steps(ms)", "time/step(ms)", "tokens/s/GPU", "comm/kv_sent(MiB)"):
         assert values[name] == other[name], name
     assert values["grad_norm"] > 0
