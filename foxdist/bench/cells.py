@@ -63,7 +63,8 @@ def measure(cell: Cell) -> dict[str, Any]:
     """The metrics of `train.collect` that are single numbers, over the timed steps, and with a profile its table.
 
     A step's time is that of the slowest rank, from a waiting device to a waiting device; of the steps, the median.
-    The peak of memory is that of the timed steps. Every rank calls, and gets the same. Everything is released after.
+    The peak of memory is that of the timed steps. Every rank calls, and gets the same but for the parts of a step,
+    which are its own. Everything is released after, but for what DeepSpeed's ZeRO-3 keeps of a model.
     """
     # Where this raises the processes end, so only what went well cleans up.
     mesh = _mesh(cell.config)

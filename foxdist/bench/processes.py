@@ -1,11 +1,13 @@
 """Functions on several ranks of this host, each a process. They stay for the next call, unless one has failed.
 
 A rank that fails leaves the others waiting for it inside a collective, so all are ended then, and the next call starts
-new ones. Nothing of this process touches a GPU.
+new ones. Nothing here makes the calling process touch a GPU.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -15,10 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from foxdist import mesh as meshes
 from foxdist.config import ConfigError
 
 T = TypeVar("T")
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+SECONDS = 10  # for ranks that have nothing to do to end by themselves
 LEFT = 2**28  # bytes of its GPU that a rank may hold after a call, as cuBLAS does; more, and all are started anew
 
 
@@ -46,6 +51,8 @@ class Processes:
         try:
             answers = self._answers()
         except BaseException:
+            for worker, _ in self._workers:
+                worker.kill()
             self.stop()
             raise
         if any(left > LEFT for _, left in answers):
@@ -53,11 +60,13 @@ class Processes:
         return answers[0][0]
 
     def stop(self) -> None:
-        """Ends the ranks, whatever they do. A later call starts new ones."""
-        for worker, pipe in self._workers:
+        """Ends the ranks. A later call starts new ones."""
+        for _, pipe in self._workers:
+            pipe.close()
+        for worker, _ in self._workers:
+            worker.join(SECONDS)
             worker.kill()
             worker.join()
-            pipe.close()
         self._workers = []
 
     def _start(self) -> None:
@@ -93,13 +102,14 @@ class Processes:
 
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however this ends: no rank stays behind with its GPU
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
         try:
             fn, argument = pipe.recv()
-        except EOFError:  # the process that asks has gone
-            return
+        except EOFError:  # nothing more to do
+            return meshes.leave()
         try:
             value = fn(argument)
         except ConfigError as error:

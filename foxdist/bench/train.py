@@ -92,6 +92,8 @@ def run(chosen: argparse.Namespace) -> int:
         _check_gates(cell)
     if chosen.profile and (chosen.longest or len(cells) > 1):
         raise ValueError(f"--profile {chosen.profile}: of {len(cells)} configurations; must be one; choose one")
+    if chosen.profile and not chosen.profile.absolute().parent.is_dir():
+        raise ValueError(f"--profile {chosen.profile}: its folder does not exist; must do so; make it first")
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
     call = Processes(ranks)

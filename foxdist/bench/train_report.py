@@ -53,7 +53,7 @@ def utilisation(row: Row) -> float | None:
 
 
 def peak_memory(row: Row) -> float:
-    """GiB of the rank with most: on its GPU, or resident on a CPU."""
+    """GiB of the rank with most: on its GPU, or resident on a CPU, there since its process began."""
     return next(row[name] for name in ("memory/peak_allocated(GiB)", "memory/peak_resident(GiB)") if name in row)
 
 
@@ -105,14 +105,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     grid[0, 0].set_yticks(places, labels)
     grid[0, 0].invert_yaxis()
     grid[0, 0].set(xlabel="tokens/s/GPU")
+    grid[0, 0].xaxis.set_major_formatter("{x:,.0f}")
     if known:
         grid[0, 1].barh(places, [row["perf/mfu(%)"] for row in rows], color="lightgray", label="dense-equivalent MFU")
         executed = [utilisation(row) for row in rows]
         grid[0, 1].barh(places, executed, height=0.5, color="tab:orange", label="executed")
         grid[0, 1].set(xlabel="% of the device's peak")
-        grid[0, 1].legend(frameon=False, fontsize=8)
+        grid[0, 1].legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     for axes in grid[0]:
-        axes.margins(x=0.15)
+        axes.margins(x=0.15, y=0.02)
+        axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.25)
     figure.savefig(path, dpi=110)
