@@ -139,13 +139,16 @@ def _start_wandb(config: Config) -> Any:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, float]:
-    """Lists spread over names: `x_by_head(u)` becomes `x_by_head(u)/layer03/head05`, `x_by_rank(u)` `.../rank2`."""
+    """Lists spread over names: `x_by_head(u)` becomes `x_by_head(u)/layer03/head05`, `x_by_layer(u)` `.../layer03` and
+    `x_by_rank(u)` `.../rank2`."""
     flat = {}
     for name, value in values.items():
         if not isinstance(value, list):
             flat[name] = value
         elif value and isinstance(value[0], list):
             flat |= {f"{name}/layer{i:02d}/head{j:02d}": v for i, row in enumerate(value) for j, v in enumerate(row)}
+        elif "_by_layer" in name:
+            flat |= {f"{name}/layer{i:02d}": v for i, v in enumerate(value)}
         else:
             flat |= {f"{name}/rank{i}": v for i, v in enumerate(value)}
     return flat

@@ -181,6 +181,11 @@ def test_a_tokenizer_may_leave_ids_out(tmp_path):
         (["odd.jsonl", "--output", "o"], "odd.jsonl:1: 'utf-8' codec can't encode"),
         (["binary", "--output", "o"], "holds no text (1 files are not UTF-8 text)"),
         (["texts", "--output", "bad.json/o"], "Not a directory"),
+        (["texts", "--output", "o", "--include", "*.c"], "holds no file that --include and --exclude leave"),
+        (
+            ["texts", "--output", "o", "--min-bytes", "99999"],
+            "no text (2 documents are shorter than --min-bytes 99999)",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, word):
@@ -218,6 +223,47 @@ def test_excluded_names_are_left_out(tmp_path, capsys):
     common = ["prepare", str(texts), "--sequence-length", "128"]
     assert main([*common, "--output", str(tmp_path / "a"), "--exclude", "site-packages", "*.pyc"]) == 0
     assert open_folder(tmp_path / "a").documents == 3
+
+
+def test_only_included_names_are_taken(tmp_path):
+    """By a file's own name; a file that is named itself is taken whatever its name."""
+    texts = write_texts(tmp_path / "texts", 3)
+    write_texts(texts / "more.txt", 2)
+    (texts / "module.c").write_text("int x;")
+    (tmp_path / "other.py").write_text("x = 1")
+    common = ["prepare", str(texts), str(tmp_path / "other.py"), "--sequence-length", "128"]
+    for i, (chosen, documents) in enumerate([(["*.c"], 2), (["*.c", "00[01].txt"], 6), (["texts"], 1)]):
+        assert main([*common, "--output", str(tmp_path / str(i)), "--include", *chosen]) == 0
+        assert open_folder(tmp_path / str(i)).documents == documents
+
+
+def test_short_documents_are_left_out(tmp_path, capsys):
+    """By bytes, whatever holds the documents; a BPE does not see them either."""
+    (tmp_path / "a.txt").write_text("漢" * 33)  # 99 bytes
+    (tmp_path / "b.txt").write_text("漢" * 33 + "x")
+    lines = [{"text": "zyzyzy " * 10}, {"text": "quick " * 20}]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    arguments = ["prepare", str(tmp_path), "--output", str(tmp_path / "data"), "--sequence-length", "128"]
+    assert main([*arguments, "--min-bytes", "100", "--train-bpe", "1000"]) == 0
+    assert "left out 2 documents shorter than 100 bytes" in capsys.readouterr().out
+    assert open_folder(tmp_path / "data").documents == 2
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer.json")
+    assert len(tokenizer.encode(["quick"])[0]) == 1
+    assert len(tokenizer.encode(["zyzyzy"])[0]) == 6
+
+
+def test_what_an_older_version_prepared_is_still_known(tmp_path, capsys):
+    """It wrote neither `include` nor `min_bytes`."""
+    texts = write_texts(tmp_path / "texts", 2)
+    arguments = ["prepare", str(texts), "--output", str(tmp_path / "data"), "--sequence-length", "128"]
+    assert main(arguments) == 0
+    description = tmp_path / "data" / "foxdist.json"
+    found = json.loads(description.read_text())
+    assert found["settings"].pop("include") is found["settings"].pop("min_bytes") is None
+    description.write_text(json.dumps(found))
+    assert main(arguments) == 0
+    assert main([*arguments, "--min-bytes", "5"]) == 2
+    assert "it differs in min_bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["missing shard", "short shard", "no index", "bad description"])

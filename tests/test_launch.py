@@ -1,11 +1,18 @@
 """The shell scripts, with commands that only say how they were called in place of the installed ones."""
 
 import hashlib
+import os
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+
+from foxdist.data.folder import open_folder
+
+from runs import WORDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,9 +35,23 @@ def installed(tmp_path):
     return tmp_path, mark
 
 
-def calls(folder, script, *arguments):
-    done = subprocess.run(["bash", folder / "launch" / script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def launch(folder, script, *arguments, path=None, expect=0):
+    """Runs a script in `folder`, with `path` as the place of programs, and returns what it said."""
+    done = subprocess.run(
+        [shutil.which("bash"), folder / "launch" / script, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | ({"PATH": path} if path else {}),
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def calls(folder, script, *arguments, path=None):
+    """The calls of programs that a script made."""
+    (folder / "calls").unlink(missing_ok=True)
+    launch(folder, script, *arguments, path=path)
     return (folder / "calls").read_text().splitlines()
 
 
@@ -59,3 +80,124 @@ def test_a_changed_project_is_installed_again(installed):
         call.startswith("python -m pip install") and call.endswith(f"-e {folder}")
         for call in calls(folder, "quickstart.sh")
     )
+
+
+def write_kernel(folder):
+    """A kernel tree: one long C file in `kernel`, a short one in `mm`, headers and a text."""
+    for name, words in (("kernel/long.c", 2000), ("kernel/long.h", 2000), ("mm/short.c", 20), ("mm/notes.txt", 2000)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(" ".join(WORDS[i % len(WORDS)] for i in range(words)))
+    return folder
+
+
+@pytest.fixture
+def debian(tmp_path):
+    """A place of programs like a Debian system's, whose package is a tar file."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    write_kernel(tmp_path / "linux-source-6.1")
+    inner, package = tmp_path / "linux-source-6.1.tar", tmp_path / "package.tar"
+    with tarfile.open(inner, "w") as tar:
+        tar.add(tmp_path / "linux-source-6.1", "linux-source-6.1")
+    with tarfile.open(package, "w") as tar:
+        tar.add(inner, "usr/src/linux-source-6.1.tar")
+    for name, does in {
+        "apt-get": f'echo "apt-get $*" >> {tmp_path}/calls; cp {package} "$2_1_all.deb"',
+        "apt-cache": "printf 'linux-source\\n  Depends: linux-source-6.1\\n'",
+        "dpkg-deb": 'mkdir "$3" && tar -xf "$2" -C "$3"',
+        "xz": "false",
+    }.items():
+        write_program(programs / name, does)
+    return programs
+
+
+def write_program(path, does):
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+
+
+def test_a_kernel_tree_of_ones_own_becomes_a_corpus(installed):
+    """The whole way, with the real preparation; `--min-bytes` wins over the script's own."""
+    folder, mark = installed
+    mark("base")
+    write_program(folder / ".venv" / "bin" / "python", f'exec {sys.executable} "$@"')
+    write_kernel(folder / "my linux")
+    options = ["--sequence-length", "512", "--folders", "kernel", "mm", "--output", "out"]
+    said = launch(folder, "corpus_linux.sh", "--tree", "my linux", *options, "--min-bytes", "1000")
+    prepared = open_folder(folder / "out")
+    assert prepared.documents == 1, "a header, a short file or a text was taken"
+    assert prepared.tokens == (folder / "my linux" / "kernel" / "long.c").stat().st_size + 1
+    assert prepared.sequence_length == 512
+    assert "left out 1 documents shorter than 1,000 bytes" in said
+
+
+def test_the_kernel_package_is_fetched_once(installed, debian):
+    folder, mark = installed
+    mark("base")
+    path = f"{debian}:{os.environ['PATH']}"
+    tree = folder / "data" / "linux-source-6.1"
+    preparation = f"python -m foxdist.data prepare {tree}/. --output {folder}/data/linux"
+    fetching, preparing = calls(folder, "corpus_linux.sh", "--train-bpe", "300", path=path)
+    assert fetching == "apt-get download linux-source-6.1"
+    assert preparing.startswith(preparation)
+    assert preparing.endswith(" --train-bpe 300")
+    assert sorted(p.name for p in tree.rglob("*.*")) == ["long.c", "long.h", "short.c"]
+    assert [p.name for p in (folder / "data").iterdir()] == ["linux-source-6.1"]
+    (again,) = calls(folder, "corpus_linux.sh", "--folders", "kernel", path=path)
+    assert again.startswith(preparation.replace("/. ", "/kernel "))
+
+
+def test_an_interrupted_fetch_of_the_kernel_is_continued(installed, debian):
+    folder, mark = installed
+    mark("base")
+    path = f"{debian}:{os.environ['PATH']}"
+    right = (debian / "dpkg-deb").read_text()
+    write_program(debian / "dpkg-deb", 'mkdir "$3"; exit 1')
+    launch(folder, "corpus_linux.sh", path=path, expect=1)
+    tree = folder / "data" / "linux-source-6.1"
+    assert not tree.exists()
+    assert not any("foxdist.data" in call for call in (folder / "calls").read_text().splitlines())
+    (debian / "dpkg-deb").write_text(right)
+    calls(folder, "corpus_linux.sh", path=path)
+    assert (tree / "kernel" / "long.c").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, arguments, words",
+    [
+        ({"apt-get": None}, [], ["apt-get not found", "--tree DIR"]),
+        ({"apt-cache": ""}, [], ["apt knows no linux-source", "apt-get update"]),
+        ({"apt-get": "exit 100"}, [], ["--package linux-source-6.1: not downloaded"]),
+        ({"dpkg-deb": 'mkdir "$3"'}, ["--package", "other"], ["--package other: holds no linux-source-*.tar"]),
+        ({}, ["--package", "a", "--tree", "b"], ["exclude each other"]),
+    ],
+)
+def test_what_the_kernel_corpus_lacks_is_named(installed, debian, change, arguments, words):
+    folder, mark = installed
+    mark("base")
+    for name, does in change.items():
+        if does is None:
+            (debian / name).unlink()
+        else:
+            write_program(debian / name, does)
+    # Only what the script itself calls, so that a real apt-get does not come to its help.
+    for name in (
+        "bash",
+        "cp",
+        "cut",
+        "dirname",
+        "find",
+        "flock",
+        "mkdir",
+        "rm",
+        "sed",
+        "sha256sum",
+        "sh",
+        "sort",
+        "tail",
+        "tar",
+    ):
+        (debian / name).symlink_to(shutil.which(name))
+    said = launch(folder, "corpus_linux.sh", *arguments, path=str(debian), expect=2)
+    assert all(word in said for word in words), said
+    assert not (folder / "data" / "linux").exists()

@@ -120,6 +120,9 @@ def test_metrics_say_what_happened(ranks, data, tmp_path):
     assert 0 < last["comm/kv_sent(MiB)"] < last["comm/kv_causal(MiB)"]
     assert last["comm/kv_skipped(MiB)"] == pytest.approx(last["comm/kv_dense(MiB)"] - last["comm/kv_sent(MiB)"])
     assert sum(last["comm/kv_sent_by_rank(MiB)"]) == pytest.approx(last["comm/kv_sent(MiB)"], abs=1e-4)
+    assert sum(last["comm/kv_sent_by_layer(MiB)"]) == pytest.approx(last["comm/kv_sent(MiB)"], abs=1e-4)
+    # With nothing pruned, each of the two layers sends what causality needs of it.
+    assert dense[-1]["comm/kv_sent_by_layer(MiB)"] == pytest.approx(2 * [0.75 * owned * page], abs=1e-6)
     assert len(last["comm/kv_skipped_by_rank(MiB)"]) == len(last["comm/stages_skipped_by_rank"]) == 2
     assert dense[-1]["comm/pairs_skipped(%)"] == dense[-1]["comm/stages_skipped_of_causal(%)"] == 0
     heads = torch.tensor(last["acp/tiles_kept_by_head(%)"])

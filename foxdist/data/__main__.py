@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console()
     try:
-        total = sum(p.stat().st_size for p in find_files(options.inputs, options.exclude))
+        total = sum(p.stat().st_size for p in find_files(options))
         # A BPE is trained on the same files first, and that pass has no bar of its own.
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
@@ -49,6 +49,8 @@ def _print_report(options: Options, tokenizer: str, report: Report) -> None:
         print(
             f"skipped {len(report.skipped)} files that are not UTF-8 text: {names}{' ...' * (len(report.skipped) > 3)}"
         )
+    if report.short:
+        print(f"left out {report.short:,} documents shorter than {options.min_bytes:,} bytes")
     lengths = np.array(report.lengths)
     print("documents by length in tokens:")
     edges = 2 ** np.arange(int(np.log2(lengths.min())), int(np.log2(lengths.max())) + 2)
@@ -75,12 +77,17 @@ def _parse(arguments: list[str] | None) -> Options:
     p.add_argument("--train-bpe", type=int, metavar="N", help="train a byte-level BPE of N tokens on the inputs")
     p.add_argument("--end", metavar="TOKEN", help="the tokenizer's end-of-text token, if it has an unusual name")
     p.add_argument("--text-key", default="text", metavar="KEY", help="where .jsonl lines hold the text")
+    p.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="names of files to take from folders")
     p.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="names of files and folders to leave out")
+    p.add_argument(
+        "--min-bytes", type=positive, default=0, metavar="N", help="leave out documents shorter than N bytes"
+    )
     p.add_argument("--shard-mib", type=positive, default=64, metavar="N", help="size of a shard; default: %(default)s")
     chosen = parser.parse_args(arguments)
     if chosen.train_bpe is not None and chosen.tokenizer != "byte":
         p.error("--train-bpe and --tokenizer exclude each other; give one of them")
-    return Options(**{**vars(chosen), "inputs": tuple(chosen.inputs), "exclude": tuple(chosen.exclude)})
+    lists = {name: tuple(getattr(chosen, name)) for name in ("inputs", "include", "exclude")}
+    return Options(**{**vars(chosen), **lists})
 
 
 if __name__ == "__main__":

@@ -33,11 +33,16 @@ class Options:
     train_bpe: int | None = None
     end: str | None = None
     text_key: str = "text"
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    min_bytes: int = 0
     shard_mib: int = 64
 
     def settings(self, files: list[Path]) -> dict[str, object]:
-        """What decides the content of the output, with the files found and their sizes for their contents."""
+        """What decides the content of the output, with the files found and their sizes for their contents.
+
+        Equal to what an older version wrote, which lacks `include` and `min_bytes`, where those ask for nothing.
+        """
         read = [*files, *(p for p in [Path(self.tokenizer)] if p.is_file())]
         listing = "\n".join(f"{path.resolve()} {path.stat().st_size}" for path in read)
         return {
@@ -47,7 +52,9 @@ class Options:
             "train_bpe": self.train_bpe,
             "end": self.end,
             "text_key": self.text_key,
+            "include": list(self.include) or None,
             "exclude": list(self.exclude),
+            "min_bytes": self.min_bytes or None,
             "files": f"{len(files)} files, {hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()}",
         }
 
@@ -60,6 +67,9 @@ class Report:
     tokens: int = 0
     sequences: int = 0
     skipped: list[Path] = field(default_factory=list)
+    """Files that are not text."""
+    short: int = 0
+    """Documents left out for their length."""
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """How often each token occurs."""
     lengths: list[int] = field(default_factory=list)
@@ -72,25 +82,30 @@ Progress = Callable[[int], None]
 """Called with the number of bytes just read."""
 
 
-def find_files(inputs: tuple[Path, ...], exclude: tuple[str, ...] = ()) -> list[Path]:
-    """Every file of `inputs`, folders searched in sorted order.
+def find_files(options: Options) -> list[Path]:
+    """Every file of the inputs, folders searched in sorted order.
 
-    Left out is what has a hidden name, or one that matches a pattern of `exclude`, anywhere in its path in a folder.
+    Of a folder: files whose own name matches a pattern of `include`, if there is any. Left out is what has a hidden
+    name, or one that matches a pattern of `exclude`, anywhere in its path in the folder.
     """
     files: list[Path] = []
-    for path in inputs:
+    for path in options.inputs:
         if path.is_dir():
-            hidden = (".*", *exclude)
+            hidden, include = (".*", *options.exclude), options.include or ("*",)
             for file in sorted(p for p in path.rglob("*") if p.is_file()):
                 parts = file.relative_to(path).parts
-                if not any(fnmatch(part, pattern) for part in parts for pattern in hidden):
+                wanted = any(fnmatch(file.name, pattern) for pattern in include)
+                if wanted and not any(fnmatch(part, pattern) for part in parts for pattern in hidden):
                     files.append(file)
         elif path.is_file():
             files.append(path)
         else:
             raise ValueError(f"INPUT {path}: no such file or folder; must exist; correct the path")
     if not files:
-        raise ValueError(f"INPUT {' '.join(map(str, inputs))}: holds no file; must hold text; name other inputs")
+        left = " that --include and --exclude leave" if options.include or options.exclude else ""
+        raise ValueError(
+            f"INPUT {' '.join(map(str, options.inputs))}: holds no file{left}; must hold text; name other inputs"
+        )
     return files
 
 
@@ -104,7 +119,7 @@ def prepare(options: Options, progress: Progress = lambda size: None) -> tuple[P
             f"--sequence-length {options.sequence_length}: not a whole number of blocks; must be a multiple of "
             f"{BLOCK}; use {max(1, round(options.sequence_length / BLOCK)) * BLOCK}"
         )
-    files = find_files(options.inputs, options.exclude)
+    files = find_files(options)
     settings = options.settings(files)
     done = _finished(options.output, settings)
     if done:
@@ -132,12 +147,17 @@ def _fill(
     progress: Progress,
 ) -> tuple[Prepared, Report]:
     report = Report(histogram=np.zeros(tokenizer.vocab, np.int64), text_of=tokenizer.decode)
-    documents = _documents(files, options.text_key, tokenizer, report, progress)
+    documents = _documents(_texts(files, options, report, progress), tokenizer, report)
     _write(folder, options, tokenizer, documents, report)
     if not report.tokens:
-        skipped = f" ({len(report.skipped)} files are not UTF-8 text)" if report.skipped else ""
+        left_out = {
+            "files are not UTF-8 text": len(report.skipped),
+            f"documents are shorter than --min-bytes {options.min_bytes}": report.short,
+        }
+        why = ", ".join(f"{count} {what}" for what, count in left_out.items() if count)
         raise ValueError(
-            f"INPUT {' '.join(map(str, options.inputs))}: holds no text{skipped}; must hold some; name other inputs"
+            f"INPUT {' '.join(map(str, options.inputs))}: holds no text{f' ({why})' if why else ''}; must hold some; "
+            "name other inputs"
         )
     prepared = Prepared(
         sequence_length=options.sequence_length,
@@ -194,14 +214,22 @@ def _finished(output: Path, settings: dict[str, object]) -> Prepared | None:
 
 def _tokenizer(options: Options, files: list[Path]) -> Tokenizer:
     if options.train_bpe is not None:
-        texts = (text for _, text in _texts(files, options.text_key, Report(), lambda size: None))
-        return train_bpe(texts, options.train_bpe)
+        return train_bpe(_texts(files, options, Report(), lambda size: None), options.train_bpe)
     if options.tokenizer == "byte":
         return byte_tokenizer()
     return load_tokenizer(Path(options.tokenizer), options.end)
 
 
-def _texts(files: list[Path], key: str, report: Report, progress: Progress) -> Iterator[tuple[Path, str]]:
+def _texts(files: list[Path], options: Options, report: Report, progress: Progress) -> Iterator[str]:
+    """Each document's text, those left out that are shorter than `min_bytes`; the report counts them."""
+    for text in _all_texts(files, options.text_key, report, progress):
+        if len(text.encode()) < options.min_bytes:
+            report.short += 1
+        else:
+            yield text
+
+
+def _all_texts(files: list[Path], key: str, report: Report, progress: Progress) -> Iterator[str]:
     """Each document's text. Files that are not UTF-8 text are skipped and reported."""
     for path in files:
         if path.suffix == ".jsonl":
@@ -209,7 +237,7 @@ def _texts(files: list[Path], key: str, report: Report, progress: Progress) -> I
                 for number, line in enumerate(lines, 1):
                     progress(len(line))
                     if line.strip():
-                        yield path, _field(line, key, path, number)
+                        yield _field(line, key, path, number)
             continue
         data = path.read_bytes()
         progress(len(data))
@@ -220,7 +248,7 @@ def _texts(files: list[Path], key: str, report: Report, progress: Progress) -> I
         if "\0" in text:
             report.skipped.append(path)
         elif text:
-            yield path, text
+            yield text
 
 
 def _field(line: bytes, key: str, path: Path, number: int) -> str:
@@ -240,12 +268,10 @@ def _field(line: bytes, key: str, path: Path, number: int) -> str:
     return text
 
 
-def _documents(
-    files: list[Path], key: str, tokenizer: Tokenizer, report: Report, progress: Progress
-) -> Iterator[np.ndarray]:
+def _documents(texts: Iterator[str], tokenizer: Tokenizer, report: Report) -> Iterator[np.ndarray]:
     """Each document's ids, its end-of-text token last."""
     batch: list[str] = []
-    for _, text in _texts(files, key, report, progress):
+    for text in texts:
         batch.append(text)
         if len(batch) == TEXTS_AT_ONCE:
             yield from _encode(batch, tokenizer, report)
