@@ -5,6 +5,9 @@
 
 One rank or many, CPU or GPU, the file and its options are the same. Running the same command again continues the run.
 `--check` prints what would run, with its arithmetic, and stops.
+
+Exit status: 2 for a mistake in the configuration, 1 for numbers that must not go on and for errors of our own, 75 for a
+rank or store that was lost (watch.py), 130 if interrupted.
 """
 
 import argparse

@@ -148,7 +148,7 @@ def _over(heard: dict[int, Heard]) -> list[int]:
 
 def _unexplained(heard: dict[int, Heard]) -> str:
     lost = [rank for rank, h in heard.items() if h.word.lost > 2 * SUSPECT]
-    said = [f"a collective failed on rank {rank} and all ranks live: {heard[rank].word.failed}" for rank in lost[:1]]
+    said = [f"a collective failed on rank {rank}, and no rank died: {heard[rank].word.failed}" for rank in lost[:1]]
     return "; ".join([*said, _places(heard, heard)]) if lost else ""
 
 

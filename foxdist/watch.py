@@ -44,8 +44,8 @@ class Watch:
         self._word = Word()
         self._heard: dict[int, Heard] = {}
         self._answers = 0
-        self._failure = self._proposal = self._verdict = self._broken = ""
-        self._lost_since: float | None = None
+        self._failure = self._ended = self._proposal = self._verdict = self._broken = ""
+        self._lost = False
         self._stopping, self._told = Event(), Event()
         self._threads: list[Thread] = []
 
@@ -68,7 +68,7 @@ class Watch:
             return
         if isinstance(error, Exception) and not isinstance(error, self._alike):
             self._tell(error)
-        self._word = replace(self._word, ended=_in_a_line(error) if error else "done")
+        self._ended = _in_a_line(error) if error else "done"
         self._stopping.set()
         for thread in self._threads:
             thread.join(3 * BEAT)
@@ -83,7 +83,7 @@ class Watch:
 
     def _tell(self, error: Exception) -> None:
         """Tells the other ranks. Returns when they know, or when nobody can say why a collective failed."""
-        self._lost_since = time.monotonic() if meshes.lost_connection(error) else None
+        self._lost = meshes.lost_connection(error)  # first: who sees a failure must know of which kind
         self._failure = _in_a_line(error)
         self._told.wait(4 * SUSPECT)
         self._let_others_read()
@@ -99,7 +99,7 @@ class Watch:
         number, last = 0, time.monotonic()
         try:
             while True:
-                number, word = number + 1, self._word
+                number, word = number + 1, replace(self._word, ended=self._ended)
                 self._store.set(f"word/{self._mesh.rank}", _numbered(number, word))
                 if self._proposal:
                     self._store.compare_set("verdict", "-", self._proposal)
@@ -123,25 +123,23 @@ class Watch:
     def _leads(self) -> bool:
         """Whether this rank hears all others and judges."""
         first = self._heard.get(0, Heard(Word()))
-        return self._mesh.rank == 0 or bool(first.word.ended) or is_silent(first, self._lost_since is not None)
+        return self._mesh.rank == 0 or bool(first.word.ended) or is_silent(first, self._lost)
 
     # ---- the thread that looks
 
     def _look(self) -> None:
         if self._mesh.device.type == "cuda":
-            torch.cuda.set_device(
-                self._mesh.device
-            )  # a thread begins on GPU 0, and asking an event would make it ready
+            torch.cuda.set_device(self._mesh.device)  # else asking an event would take memory of GPU 0
         place, last = progress.where(), time.monotonic()
         answers, there, unanswered, lost = 0, 0.0, 0.0, 0.0
         while not self._stopping.wait(BEAT):
             last, passed = _tick(last)
-            before, place = place, progress.where()
+            failure, (before, place) = self._failure, (place, progress.where())
             there = there + passed if place == before else 0.0
             unanswered, answers = (unanswered + passed if self._answers == answers else 0.0), self._answers
-            lost = lost + passed if self._lost_since else 0.0
+            lost = lost + passed if self._lost else 0.0
             plans = progress.plans() if there > STILL else {}
-            self._word = replace(word_at(place, there, self._timeout, plans), failed=self._failure, lost=lost)
+            self._word = replace(word_at(place, there, self._timeout, plans), failed=failure, lost=lost)
             if verdict := self._verdict or self._without_store(unanswered):
                 self._end(verdict)
                 return
@@ -151,7 +149,7 @@ class Watch:
     def _without_store(self, unanswered: float) -> str:
         """The verdict if the store is gone: of this rank alone, as of any other."""
         first = self._heard.get(0, Heard(Word()))
-        if not self._broken and not is_silent(Heard(first.word, unanswered), self._lost_since is not None):
+        if not self._broken and not is_silent(Heard(first.word, unanswered), self._lost):
             return ""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         gone = "rank 0 died" if not agent else "torchrun's agent of rank 0 died"
@@ -162,12 +160,13 @@ class Watch:
         return f"{gone}: its store does not answer ({why}); rank 0 was last at {first.word.place}; {mine}"
 
     def _end(self, verdict: str) -> None:
-        if self._failure and not self._lost_since:  # an error of this rank's own, which is about to be raised
+        if self._failure and not self._lost:  # an error of this rank's own, which is about to be raised
             self._told.set()
             return
         last_words(f"{verdict}; the same command goes on from the newest checkpoint")
         self._let_others_read()
-        os._exit(LOST)  # the training thread may wait in code that no exception reaches
+        if not self._stopping.is_set():  # as when all ranks raised something, and this one was late
+            os._exit(LOST)  # the training thread may wait in code that no exception reaches
 
 
 def _numbered(number: int, word: Word) -> str:

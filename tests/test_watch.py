@@ -15,7 +15,7 @@ from foxdist.watch import LOST
 
 from runs import environment, go, losses, tree, write_data, write_yaml
 
-TIMEOUT = 9.0  # seconds
+TIMEOUT = 12.0  # seconds; a step takes a tenth of one
 LATE = 30.0  # seconds that the ranks may take to notice, to speak and to end, on a busy machine
 
 
@@ -218,7 +218,7 @@ def test_plans_are_compared_as_soon_as_ranks_stand_still():
 def test_a_collective_that_fails_without_a_cause():
     assert judge({0: heard(GATES), 1: heard(GATES, lost=2 * SUSPECT, failed="X: y")}, 2) == ""
     said = judge({0: heard(GATES), 1: heard(GATES, lost=2 * SUSPECT + 1, failed="X: y")}, 2)
-    assert said.startswith("a collective failed on rank 1 and all ranks live: X: y")
+    assert said.startswith("a collective failed on rank 1, and no rank died: X: y")
 
 
 def test_words_survive_the_store():
