@@ -126,6 +126,13 @@ def on_rank_0(fn: Callable[[], T]) -> T | None:
     return result
 
 
+def hosts() -> list[str]:
+    """The host of every rank of the world, in rank order. Every rank must call."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
+
+
 def _gpu(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if count <= local_rank:  # DeepSpeed, too, takes the GPU of the rank's number

@@ -27,6 +27,7 @@ from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist.attention import ContextParallel
 from foxdist.attention.backends import choose_backend
+from foxdist.attention.predict import choose_layout
 from foxdist.check import describe
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
@@ -152,10 +153,12 @@ def check_before_start(config: Config, world: int) -> None:
 
 def build(config: Config, mesh: Mesh) -> Run:
     """Model, engine and data, restored from the newest checkpoint if there is one."""
+    config = settle(config, mesh)
     _, accumulation = configuration.check_world(config, mesh.world)
     lock = meshes.on_rank_0(lambda: run_folder.take(config))
     torch.manual_seed(config.train.seed)
     options = config.parallel
+    assert options.layout != "auto", "settled above"
     cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
     model = FoX(
         config.model,
@@ -186,6 +189,20 @@ def build(config: Config, mesh: Mesh) -> Run:
         result.step = saved.step
         log.log.info("continuing %s after step %d", config.train.run_dir, saved.step)
     return result
+
+
+def settle(config: Config, mesh: Mesh) -> Config:
+    """The configuration with `auto` replaced by what it stands for on these ranks; every rank must call.
+
+    A restart elsewhere may settle on another layout. That changes rounding only: data and model know no layout.
+    """
+    if config.parallel.layout != "auto":
+        return config
+    names, cp, model = meshes.hosts(), mesh.cp, config.model
+    one_host = all(len(set(names[at : at + cp])) == 1 for at in range(0, mesh.world, cp))
+    layout, reason = choose_layout(config.data.sequence_length, cp, model.heads, model.groups, one_host)
+    log.log.info("parallel.layout=auto: %s (%s)", layout, reason)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"layout": layout})})
 
 
 def train(run: Run) -> None:
