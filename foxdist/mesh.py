@@ -51,11 +51,14 @@ def world_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
-def start(cp: int, timeout_minutes: float) -> Mesh:
-    """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world."""
+def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
+    """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world.
+
+    gpu: whether ranks have one each. Default: where torch finds any.
+    """
     _complete_environment()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     device = _gpu(local) if gpu else torch.device("cpu")
     timeout = timedelta(minutes=timeout_minutes)
     if gpu:
