@@ -24,11 +24,12 @@ CONTIGUOUS_BELOW = 4096
 """Tokens a rank, times query heads of a K/V head, up to which `auto` picks `contiguous` for ranks on several hosts.
 
 A rank's work grows with T^2 / P and its bytes with T K / H, so their ratio hangs on T / P x H / K, and on neither the
-number of heads nor D. Forecasts with the `acp` gates of the benchmarks for 16x64, 16/4x64, 8x128 and 24x64, 16k to 1M
-tokens, 2 to 128 ranks, 8, 4 or 1 of them on a host: up to this many, contiguous is faster in 189 of 195 cases, by 1.42
-at most, and slower by 1.12 at worst; at twice as many it is slower by up to 1.30, and from four times as many on mostly
-slower, by up to 2.1. With nothing pruned the two are within 1.10 up to here, and from four times as many on zigzag is
-always faster, by up to 2.0. Within one host contiguous is faster in 5 of 84 cases, by 1.08 at most.
+number of heads nor D. Forecasts by `python -m foxdist.bench context-parallel` with 16x64, 16/4x64, 8x128 and 24x64,
+16k to 1M tokens, 2 to 128 ranks, --ranks-per-host 8, 4 and 1. Over several hosts with `acp` gates contiguous is faster
+in 189 of 195 cases up to this many, by 1.42 at most, and slower by 1.13 at worst; above, up to twice as many, in 50 of
+62, and slower by 1.29 at worst; beyond in 44 of 179, and slower by 2.1. With nothing pruned the two are within 1.10 up
+to this many, and beyond twice as many zigzag is always faster, by up to 2.0. On one host contiguous is faster in 5 of
+84 cases with `acp` gates, by 1.08 at most, and in none with nothing pruned.
 """
 
 

@@ -164,7 +164,7 @@ def speed_ups(rows: list[Row]) -> list[Row]:
     At equal length this is one rank's time over theirs. None where one rank was not measured. In the order of the
     tables.
     """
-    rows = sorted(rows, key=lambda row: (row["shape"], row["tokens"] // spread_report.scale(row), row["ranks"]))
+    rows = sorted(rows, key=lambda row: (row["shape"], row["series"], spread_report.base(row), row["ranks"]))
     for row in rows:
         one = next((other for other in rows if _is_base(other, row)), None)
         for name in ("forward", "forward+backward"):
@@ -175,7 +175,7 @@ def speed_ups(rows: list[Row]) -> list[Row]:
 
 def _is_base(one: Row, row: Row) -> bool:
     same = one["shape"] == row["shape"] and one["series"] == row["series"] and one["ranks"] == 1
-    return same and one["tokens"] == row["tokens"] // spread_report.scale(row)
+    return same and one["tokens"] == spread_report.base(row)
 
 
 def report_failures(result: dict[str, Any]) -> int:

@@ -34,7 +34,7 @@ COLUMNS = (
     "schedule",
     "forward, ms (range)",
     "forward + backward, ms (range)",
-    "speed-up",
+    "speed-up, forward / both",
     "tiles kept",
     "most over mean",
     "K/V that a rank sends, MiB (the most)",
@@ -209,11 +209,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             _lines(axes, mine, value)
             axes.set(xscale="log", title=f"{shape}: {title}", xlabel="ranks")
             axes.set_xticks(ranks, [str(p) for p in ranks])
+            axes.set_xlim(ranks[0] / 1.1, ranks[-1] * 1.1)
             axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
         line[0].plot(ranks, ranks, color="black", linestyle=":", label="ideal")
-        line[0].set(yscale="log")
+        line[0].set(yscale="log", ylim=(ranks[0] / 2, ranks[-1] * 1.2))
         line[0].set_yticks(ranks, [str(p) for p in ranks])
         line[0].minorticks_off()
         line[1].set_ylim(0)
@@ -225,9 +226,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _lines(axes: Any, rows: list[Row], value: Callable[[Row], float | None]) -> None:
     """A line for each length (its colour), layout (its marker and shade) and kind of number."""
-    series = sorted({(row["series"], row["tokens"] // scale(row)) for row in rows})
+    series = sorted({(row["series"], base(row)) for row in rows})
     for (i, (kind, tokens)), layout, planned in product(enumerate(series), LAYOUTS, (True, False)):
-        mine = [row for row in rows if (row["series"], row["tokens"] // scale(row)) == (kind, tokens)]
+        mine = [row for row in rows if (row["series"], base(row)) == (kind, tokens)]
         mine = [row for row in mine if row["layout"] in (layout, None) and row["plan"] == planned]
         points = sorted((row["ranks"], value(row)) for row in mine if value(row) is not None)
         if any(ranks > 1 for ranks, _ in points):
@@ -242,9 +243,9 @@ def _lines(axes: Any, rows: list[Row], value: Callable[[Row], float | None]) -> 
             )
 
 
-def scale(row: Row) -> int:
-    """How many times the length of one rank's row in its series."""
-    return row["ranks"] if row["series"] == "weak" else 1
+def base(row: Row) -> int:
+    """The tokens of the row of one rank in the same series."""
+    return row["tokens"] // row["ranks"] if row["series"] == "weak" else row["tokens"]
 
 
 def _fastest(rows: list[Row]) -> list[Row]:
