@@ -86,15 +86,20 @@ def test_a_forecast_by_hand_of_two_ranks():
 
 
 def test_a_forecast_by_hand_of_a_ring():
-    """Three blocks on three ranks: the last has three tiles, two of them of pages that come one after the other."""
-    ring = forecast(kept(3), 1, 16, 4, 3, "contiguous", FAST, "ring")
-    assert ring.forward == 1.5 + 1.5 + 1
-    assert ring.both - ring.forward == 1.5 + 1.5 + 1.5 + 1.5  # behind the last page's tile, the first's gradient
-    assert ring.borrowed == 2 * (PAGE - BLOCK * 4)
-    # All at once: the first rank sends two pages, and nobody has one before they are all on the way.
-    gather = forecast(kept(3), 1, 16, 4, 3, "contiguous", FAST, "gather")
-    assert gather.forward == 2.5 + 2
-    assert gather.both - gather.forward == 2.5 + 2 + 2.5
+    """Two blocks on each of three ranks. The last borrows two pages of its neighbour for three tiles, then one page of
+    the first for one tile; the second one page of the first for two tiles."""
+    start = np.array([[[0, 1, 1, 1, 1, 3]]])
+    ring = forecast(start, 1, 16, 4, 3, "contiguous", FAST, "ring")
+    assert ring.tiles.tolist() == [[2, 0, 0], [2, 3, 0], [1, 3, 3]]
+    assert ring.forward == 3 + 3 + 1  # 2.5 s hide behind its own tiles, 1.5 s behind the neighbour's
+    # 2.5 s of the neighbour's gradients hide 1 s of tiles; those of the first are all exposed.
+    assert ring.both - ring.forward == 3 + 3 + 2.5 + 1.5
+    assert ring.exposed == ring.both - 2 * 7
+    assert ring.borrowed == 3 * (PAGE - BLOCK * 4)
+    # All at once: three pages arrive in 3.5 s, the first's one, too, as this end is the busier.
+    gather = forecast(start, 1, 16, 4, 3, "contiguous", FAST, "gather")
+    assert gather.forward == 3.5 + 4
+    assert gather.both - gather.forward == 3.5 + 4 + 3.5
 
 
 @pytest.mark.parametrize("bound", ["paper", "tight"])
@@ -111,14 +116,14 @@ def test_what_is_planned_is_what_attention_finds(bound):
 
 
 def test_the_table_says_who_wins(tmp_path, capsys):
-    words = ["context-parallel", "--device", "cpu", "--shapes", "8x16", "--lengths", "16384", "--plan-ranks", "2", "16"]
-    assert bench.main([*words, "3", "--output", str(tmp_path)]) == 0
+    words = ["context-parallel", "--device", "cpu", "--shapes", "8x16", "--lengths", "16384", "--plan-ranks", "2", "8"]
+    assert bench.main([*words, "16", "3", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "table.md").read_text()
     assert "Left out, as their chunks are not whole blocks: 16,384 on 3." in printed
     found = result_of(tmp_path)
     assert [(row["ranks"], row["layout"]) for row in found["plan"]] == list(
-        itertools.product((2, 16), ("zigzag", "contiguous"))
+        itertools.product((2, 8, 16), ("zigzag", "contiguous"))
     )
     assert found["rows"] == found["checks"] == found["verdicts"] == []
     for x in found["forecast_verdicts"]:
@@ -129,8 +134,10 @@ def test_the_table_says_who_wins(tmp_path, capsys):
         assert x["fewer_bytes"] == {"layout": "contiguous", "factor": pytest.approx(sent[0] / sent[1])}
         assert x["better_balance"] == {"layout": "zigzag", "factor": pytest.approx(balance[1] / balance[0])}
         assert x["faster"]["factor"] == pytest.approx(max(times) / min(times))
-    near, far = found["forecast_verdicts"]
-    assert (near["faster"]["layout"], far["faster"]["layout"]) == ("zigzag", "contiguous")
+    near, wrong, far = found["forecast_verdicts"]
+    assert [x["faster"]["layout"] for x in (near, wrong, far)] == ["zigzag", "contiguous", "contiguous"]
+    assert (wrong["auto"], wrong["auto_slower_by"]) == ("zigzag", wrong["faster"]["factor"])
+    assert f"| zigzag, {wrong['auto_slower_by']:.2f} x slower |" in printed
     assert f"| zigzag, {near['faster']['factor']:.2f} x | zigzag, right |" in printed
     pixels = image.imread(tmp_path / "context_parallel.png")
     assert 0.01 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.5, "neither blank nor black"
