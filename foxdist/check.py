@@ -1,5 +1,6 @@
 """What a configuration means before anything runs: mesh, parameters, tokens, memory. For `train.py --check`."""
 
+from foxdist.attention.predict import choose_layout
 from foxdist.config import Config, check_world, dump
 from foxdist.layout import BLOCK, chunk_count
 from foxdist.model import flops_per_token, parameter_count
@@ -22,13 +23,12 @@ def describe(config: Config, world: int) -> str:
     parameters = parameter_count(model)
     length = config.data.sequence_length
     matrices, attention = flops_per_token(model, length)
-    chunks = chunk_count(cp, config.parallel.layout)
     lines = [
         dump(config).rstrip(),
         "",
         f"mesh        {world} ranks = dp {dp} x cp {cp}, ZeRO-{config.parallel.zero} over all of them",
         f"sequence    {length:,} tokens = {length // BLOCK} blocks of {BLOCK}, {length // cp:,} tokens a rank "
-        + (f"in {chunks // cp} chunks ({config.parallel.layout})" if cp > 1 else "in one piece"),
+        + _pieces(config),
         f"step        {train.tokens_per_step:,} tokens = {train.tokens_per_step // length} sequences = "
         f"dp {dp} x micro-batch {train.micro_batch} x {accumulation} accumulated",
         f"run         {config.total_steps:,} steps, {config.total_tokens:,} tokens",
@@ -38,6 +38,20 @@ def describe(config: Config, world: int) -> str:
         *_memory(config, world, parameters),
     ]
     return "\n".join(lines)
+
+
+def _pieces(config: Config) -> str:
+    """How the sequence is given out to ranks. What `auto` picks may hang on their hosts, which are not known yet."""
+    model, cp, layout = config.model, config.parallel.cp, config.parallel.layout
+    if cp == 1:
+        return "in one piece"
+    if layout != "auto":
+        return f"in {chunk_count(cp, layout) // cp} chunks ({layout})"
+    alone, spread = (
+        choose_layout(config.data.sequence_length, cp, model.heads, model.groups, one_host)[0]
+        for one_host in (True, False)
+    )
+    return f"(auto: {alone})" if alone == spread else f"(auto: {alone} on one host, {spread} over several)"
 
 
 def _memory(config: Config, world: int, parameters: int) -> list[str]:

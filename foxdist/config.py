@@ -89,12 +89,14 @@ class Parallel(Section):
     """Ranks that share one sequence. The rest of the world is data parallel."""
     zero: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO stage, over all dp x cp ranks."""
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    """Which chunks a rank owns: `zigzag` balances the work of global heads, `contiguous` sends fewer bytes."""
+    layout: Literal["auto", "zigzag", "contiguous"] = "zigzag"
+    """Which chunks a rank owns: `zigzag` balances the work of global heads, `contiguous` sends fewer bytes. `auto`
+    picks one at the start, by the tokens a rank and whether ranks share a host (attention/predict.py)."""
     schedule: Literal["auto", "gather", "ring"] = "auto"
     """How kept blocks travel: all at once, or in stages that bound memory."""
-    transport: Literal["auto", "nccl"] = "auto"
-    """What carries them: `auto` is NCCL on GPUs and gloo on CPUs."""
+    transport: Literal["auto", "nccl", "peer"] = "auto"
+    """What carries them: `nccl` messages (on CPUs gloo's), `peer` each other's memory, on one host. `auto` takes `peer`
+    on GPUs that can."""
     overlap: bool = True
     """False waits for every exchange where it is posted, for debugging. The results are the same bits."""
     timeout_minutes: float = Field(10.0, gt=0)
@@ -267,7 +269,8 @@ def _check_model(model: Model) -> None:
 
 def _check_sequence(config: Config) -> None:
     length, cp, layout = config.data.sequence_length, config.parallel.cp, config.parallel.layout
-    unit = BLOCK * chunk_count(cp, layout) if cp > 1 else BLOCK
+    # Either layout must fit what `auto` may pick: zigzag's chunks are halves of contiguous ones.
+    unit = BLOCK * chunk_count(cp, "zigzag" if layout == "auto" else layout) if cp > 1 else BLOCK
     if length % unit:
         near = sorted({max(1, length // unit) * unit, -(-length // unit) * unit})
         raise ConfigError(

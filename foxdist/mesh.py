@@ -54,14 +54,15 @@ def world_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
-def start(cp: int, timeout_minutes: float) -> Mesh:
+def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
     """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world.
 
-    timeout_minutes: of the configuration; a collective itself is given up `BACKSTOP` later.
+    timeout_minutes: of the configuration; a collective itself is given up `BACKSTOP` later. gpu: whether ranks have one
+    each. Default: where torch finds any.
     """
     _complete_environment()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     device = _gpu(local) if gpu else torch.device("cpu")
     timeout = timedelta(minutes=timeout_minutes) + BACKSTOP
     if gpu:
@@ -137,6 +138,13 @@ def on_rank_0(fn: Callable[[], T]) -> T | None:
     if failed:
         raise ConfigError(text) if known else RuntimeError(f"rank 0 failed: {failed}: {text}")
     return result
+
+
+def hosts() -> list[str]:
+    """The host of every rank of the world, in rank order. Every rank must call."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
 
 
 def _gpu(local_rank: int) -> torch.device:

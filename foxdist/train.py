@@ -31,6 +31,8 @@ from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist.attention import ContextParallel
 from foxdist.attention.backends import choose_backend
+from foxdist.attention.exchange import resolve
+from foxdist.attention.predict import choose_layout
 from foxdist.check import describe
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
@@ -163,6 +165,7 @@ def check_machine(config: Config) -> None:
 
 def build(config: Config, mesh: Mesh) -> Run:
     """Model, engine and data, restored from the newest checkpoint if there is one."""
+    config = settle(config, mesh)
     lock = meshes.on_rank_0(lambda: run_folder.take(config))
     trainer = make_trainer(make_model(config, mesh), config, mesh)
     per_group = config.train.micro_batch * trainer.accumulation
@@ -186,11 +189,32 @@ def build(config: Config, mesh: Mesh) -> Run:
     return result
 
 
+def settle(config: Config, mesh: Mesh) -> Config:
+    """The configuration with `auto` replaced by what it stands for on these ranks; every rank must call.
+
+    A restart elsewhere may settle on another layout. That changes rounding only: data and model know no layout.
+    """
+    if config.parallel.layout != "auto":
+        return config
+    names, cp, model = meshes.hosts(), mesh.cp, config.model
+    one_host = all(len(set(names[at : at + cp])) == 1 for at in range(0, mesh.world, cp))
+    layout, reason = choose_layout(config.data.sequence_length, cp, model.heads, model.groups, one_host)
+    log.log.info("parallel.layout=auto: %s (%s)", layout, reason)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"layout": layout})})
+
+
 def make_model(config: Config, mesh: Mesh) -> FoX:
     """The initialised model on this rank's device, with equal parameters on all ranks."""
     torch.manual_seed(config.train.seed)
     options = config.parallel
-    cp = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap) if mesh.cp > 1 else None
+    assert options.layout != "auto", "settled before"
+    cp = None
+    if mesh.cp > 1:
+        wanted = ContextParallel(mesh.cp_group, options.layout, options.schedule, options.overlap, options.transport)
+        try:
+            cp = resolve(wanted, mesh.device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return FoX(
         config.model,
         acp=pruning(config.acp),

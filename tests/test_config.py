@@ -75,6 +75,10 @@ def test_the_published_recipes_are_there():
             {"data__sequence_length": 1920, "parallel__cp": 2},
             ["data.sequence_length=1920", "multiple of 512", "4 chunks", "1536 or 2048"],
         ),
+        (
+            {"data__sequence_length": 1280, "parallel__cp": 2, "parallel__layout": "auto"},
+            ["data.sequence_length=1280", "multiple of 512", "parallel.layout=auto", "1024 or 1536"],
+        ),
         ({"train__steps": None}, ["train.steps=None, train.tokens=None", "exactly one"]),
         ({"train__tokens": 10}, ["train.steps=20, train.tokens=10", "exactly one"]),
         ({"optim__warmup_tokens": 10**9}, ["optim.warmup_tokens=1000000000", "at most 40960"]),

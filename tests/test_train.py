@@ -1,6 +1,7 @@
 """Training end to end on real data: the same numbers on any mesh, and a stop before a bad update."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -132,6 +133,41 @@ def test_metrics_say_what_happened(ranks, data, tmp_path):
     assert 0 < last["perf/executed(%)"] < 100
 
 
+def settled(rank, size, values, hosts):
+    """What `go` returns, on ranks that say they are on these hosts."""
+    real, socket.gethostname = socket.gethostname, lambda: hosts[rank]
+    try:
+        return go(rank, size, values)
+    finally:
+        socket.gethostname = real
+
+
+def test_auto_settles_on_a_layout_at_the_start(ranks, data, tmp_path):
+    """256 tokens a rank: contiguous where a sequence spans hosts. The run folder holds what was picked, a restart
+    elsewhere goes on with another, and the numbers are those of one rank."""
+    values = tree(data, tmp_path / "run", parallel__cp=2, parallel__layout="auto", train__steps=2)
+    said = ranks(2, settled, values, ["a", "b"])
+    assert "parallel.layout=auto: contiguous (256 tokens a rank, at most 4,096" in said[0]
+    assert configuration.load(tmp_path / "run" / "config.yaml").parallel.layout == "contiguous"
+    values["train"]["steps"] = 4
+    said = ranks(2, settled, values, ["a", "a"])
+    assert "parallel.layout=auto: zigzag (the ranks of a sequence share a host" in said[0]
+    assert "after step 2" in said[0]
+    assert configuration.load(tmp_path / "run" / "config.yaml").parallel.layout == "zigzag"
+    ranks(1, go, tree(data, tmp_path / "plain", train__steps=4))
+    alone, spread = (
+        torch.tensor([[r["loss"], r["grad_norm"]] for r in rows(tmp_path / name)]) for name in ("plain", "run")
+    )
+    torch.testing.assert_close(spread, alone, rtol=1e-4, atol=0)
+
+
+def test_a_sequence_on_one_host_is_not_spread_because_the_job_is(ranks, data, tmp_path):
+    """Two hosts of a data-parallel job, one sequence on each: neighbours share it."""
+    values = tree(data, tmp_path / "run", parallel__cp=2, parallel__layout="auto", train__steps=1)
+    values["optim"]["warmup_tokens"] = 0
+    assert "auto: zigzag" in ranks(4, settled, values, ["a", "a", "b", "b"])[0]
+
+
 # ---- what must not happen quietly
 
 
@@ -235,6 +271,8 @@ def test_check_prints_the_arithmetic(data, tmp_path, capsys):
     assert "4 sequences = dp 2 x micro-batch 1 x 2 accumulated" in said
     assert "256 tokens a rank in 2 chunks (zigzag)" in said
     assert "parameters" in said
+    assert training.main(["--config", str(config), "parallel.layout=auto", "--check", "--world", "4"]) == 0
+    assert "256 tokens a rank (auto: zigzag on one host, contiguous over several)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

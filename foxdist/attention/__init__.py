@@ -1,6 +1,7 @@
 """Forgetting attention: the definition, and the pruned, context-parallel implementation."""
 
 from foxdist.attention.acp import Acp
+from foxdist.attention.exchange import resolve
 from foxdist.attention.gates import RESET
 from foxdist.attention.interface import find_kept, forgetting_attention
 from foxdist.attention.naive import naive_forgetting_attention
@@ -15,4 +16,5 @@ __all__ = [
     "find_kept",
     "forgetting_attention",
     "naive_forgetting_attention",
+    "resolve",
 ]

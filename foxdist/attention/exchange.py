@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 
 from foxdist.attention.pages import BlockTable, Pages
+from foxdist.attention.peer import check_reachable
 from foxdist.attention.symmetric import reachable
 from foxdist.attention.transport import ContextParallel
+from foxdist.log import log
 
 
 class Exchange(Protocol):
@@ -32,18 +34,30 @@ class Exchange(Protocol):
         in the same order. K and V in `dtype`."""
 
 
-@lru_cache(maxsize=64)
 def resolve(cp: ContextParallel, device: torch.device) -> ContextParallel:
-    """`cp` with its transport decided, for tensors on `device`. Every rank of the group must call.
+    """`cp` with its transport decided, for tensors on `device`; the log says how. Every rank of the group must call.
 
-    Raises `ValueError` on every rank if `peer` is asked for and cannot be had.
+    Raises `ValueError` on every rank if `peer` is asked for and cannot be had, and where `auto` is to be decided while
+    torch compiles.
     """
     if cp.transport == "nccl" or (cp.transport == "auto" and device.type != "cuda"):
-        return replace(cp, transport="nccl")
-    why = reachable(cp.group, device)
-    if why and cp.transport == "peer":
+        return cp
+    if torch.compiler.is_compiling():
         raise ValueError(
-            f"parallel.transport=peer: {why}; must be ranks of one host that can read each other's memory; use auto or "
-            "nccl"
+            "parallel.transport=auto: ranks have to agree on it, which compiled code cannot; must be decided before; "
+            "pass what foxdist.attention.resolve(cp, device) returns"
         )
+    return _resolved(cp, device)
+
+
+@lru_cache(maxsize=64)
+def _resolved(cp: ContextParallel, device: torch.device) -> ContextParallel:
+    if cp.transport == "peer":
+        check_reachable(cp, device)
+        return cp
+    why = reachable(cp.group, device)
+    if why:
+        log.info("parallel.transport=auto: nccl, as %s", why)
+    else:
+        log.info("parallel.transport=auto: peer, as its ranks can read each other's memory")
     return replace(cp, transport="nccl" if why else "peer")

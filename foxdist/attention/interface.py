@@ -63,7 +63,7 @@ def forgetting_attention(
         acp = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     cp = cp if cp is not None and cp.size > 1 else None
-    if cp is not None:
+    if cp is not None and cp.transport == "auto":
         cp = resolve(cp, q.device)
     options = {"scale": scale, "acp": acp, "cp": cp, "backend": runs.name}
     if kept is not None and kept.c_in.shape[:2] != (q.shape[0], q.shape[2]):
@@ -101,7 +101,9 @@ def find_kept(
     if needs_queries(acp):
         return None
     name = choose_backend(backend, log_f.device, dtype, head_dim).name
-    cp = resolve(cp, log_f.device) if cp is not None and cp.size > 1 else None
+    cp = cp if cp is not None and cp.size > 1 else None
+    if cp is not None and cp.transport == "auto":
+        cp = resolve(cp, log_f.device)
     return operators.find_kept(
         log_f, None, None, kv_heads=kv_heads, dtype=dtype, scale=head_dim**-0.5, acp=acp, cp=cp, backend=name
     )

@@ -208,7 +208,7 @@ def _fake_forward(
     rows, _, heads, _ = q.shape
     spread = context_parallel(cp)
     need = [0]
-    on_host = spread is not None and spread.transport == "nccl"
+    on_host = spread is not None and spread.transport != "peer"
     if spread and on_host:
         need = [rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout)]
     words = tiles.schedule_size(backend, rows, heads, k.shape[2], c_in.shape[2])

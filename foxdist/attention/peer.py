@@ -21,7 +21,7 @@ from foxdist.attention import copies, streams
 from foxdist.attention.needs import find_needs
 from foxdist.attention.pages import BlockTable, Pages, page_bytes, pages_in
 from foxdist.attention.slots import Needs, make_slots
-from foxdist.attention.symmetric import Symmetric
+from foxdist.attention.symmetric import Symmetric, reachable
 from foxdist.attention.transport import ContextParallel
 
 UNDER_WAY = 2  # stages whose pages are in memory at once
@@ -166,8 +166,19 @@ class _Memory:
 @lru_cache(maxsize=4)
 def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
     """Every rank calls in the same order, and so lets go of another shape's memory together."""
+    check_reachable(cp, shape.device)
     cp.wait_for_all(shape.device)  # nobody reads any more what goes now
     return _Memory(cp, shape)
+
+
+def check_reachable(cp: ContextParallel, device: torch.device) -> None:
+    """Raises `ValueError`, on every rank, if ranks cannot read each other's memory. Every rank of the group calls."""
+    why = reachable(cp.group, device)
+    if why:
+        raise ValueError(
+            f"parallel.transport=peer: {why}; must be ranks of one host that can read each other's memory; use auto or "
+            "nccl"
+        )
 
 
 def _staged(cp: ContextParallel, bytes_of_all: int) -> bool:

@@ -31,7 +31,7 @@ class ContextParallel:
     """False waits for every message where it is posted: the readable twin, with the same bits."""
     transport: Transport = "auto"
     """`nccl`: messages, by whatever backend the group has. `peer`: through each other's memory, on one host. `auto`:
-    `peer` on GPUs that can, else `nccl`."""
+    `peer` on GPUs that can, else `nccl`; see exchange.py."""
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -1,9 +1,9 @@
-"""Command line: python -m foxdist.bench acp | attention | kernels | record | train | tune [options]."""
+"""Command line: python -m foxdist.bench acp | attention | context-parallel | kernels | record | train | tune [...]."""
 
 import argparse
 import sys
 
-from foxdist.bench import acp, attention, kernels, record, train, tune
+from foxdist.bench import acp, attention, context_parallel, kernels, record, train, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     for module, name, text in (
         (acp, "acp", "tiles that each pruning rule keeps, K/V that ranks need, weight that is really lost"),
         (attention, "attention", "time, memory and errors of attention against other implementations"),
+        (context_parallel, "context-parallel", "attention over ranks: bytes, balance, time, and which layout wins"),
         (kernels, "kernels", "time of each kernel of one attention call"),
         (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
         (train, "train", "tokens/s, utilisation and memory of training, and the longest sequence that fits"),

@@ -150,18 +150,24 @@ def make_group(gates: Gates, shape: Shape, length: int, layer: int, head: int, c
 
 def find(rule: str, group: Group, chosen: argparse.Namespace) -> tuple[torch.Tensor, float]:
     """start [1, G, N] under a rule, and the largest weight that a sampled query loses; of the optimum, any query."""
-    q, k, log_f = group
-    scale, length = q.shape[-1] ** -0.5, q.shape[1]
+    q, k, _ = group
+    scale = q.shape[-1] ** -0.5
     if rule == "optimum":
         return optimum(group, scale, chosen.log_eps)
-    limit = measured_bound(largest_norms(q, k), q.shape[2], scale)
-    acp = Acp(log_eps=chosen.log_eps, bound=rule)  # type: ignore[arg-type]
-    found = boundary.find_boundary(
-        q, k, log_f, acp, limit, scale, length, reference_room(q.dtype, length), lambda x: x, "torch"
-    )
+    found = boundary_under(rule, group, chosen.log_eps)
     blocks = torch.arange(found.start.shape[-1], device=q.device)
     queries = Queries(q, found.c_in, found.base, found.start, blocks, scale)
     return found.start, float(pruned_weight(queries, k, found.start, chosen.samples, None).max())
+
+
+def boundary_under(rule: str, group: Group, log_eps: float) -> boundary.Boundary:
+    """What foxdist finds in a training step: U is that of these q and k."""
+    q, k, log_f = group
+    scale, length = q.shape[-1] ** -0.5, q.shape[1]
+    limit = measured_bound(largest_norms(q, k), q.shape[2], scale)
+    acp = Acp(log_eps=log_eps, bound=rule)  # type: ignore[arg-type]
+    room = reference_room(q.dtype, length)
+    return boundary.find_boundary(q, k, log_f, acp, limit, scale, length, room, lambda x: x, "torch")
 
 
 def optimum(group: Group, scale: float, log_eps: float) -> tuple[torch.Tensor, float]:

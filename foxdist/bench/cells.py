@@ -22,7 +22,7 @@ from foxdist.config import Config
 from foxdist.data.loader import Batch, shifted
 from foxdist.mesh import Mesh
 from foxdist.model import FoX
-from foxdist.train import Trainer, check_machine, collect, make_model, make_trainer, train_step
+from foxdist.train import Trainer, check_machine, collect, make_model, make_trainer, settle, train_step
 
 GATES = {"initial": None, "opened": "acp"}  # the regime of bench.gates that the biases are set to
 UNSAID = {"tokens", "tokens/s"}  # of the run, and of all ranks
@@ -77,11 +77,12 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 def _measure(cell: Cell, mesh: Mesh) -> dict[str, Any]:
-    model = make_model(cell.config, mesh)
+    config = settle(cell.config, mesh)
+    model = make_model(config, mesh)
     regime = GATES[cell.gates]
     if regime:
         open_gates(model, regime)
-    trainer = make_trainer(model, cell.config, mesh)
+    trainer = make_trainer(model, config, mesh)
     batches = random_batches(trainer, cell.warmup + cell.steps + (cell.profile is not None))
     for _ in range(cell.warmup):
         train_step(trainer, batches)

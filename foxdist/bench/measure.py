@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from foxdist.attention import Acp, AttentionStats, forgetting_attention, naive_forgetting_attention
 from foxdist.bench.gates import Gates
@@ -118,23 +119,26 @@ class Checker:
     """Errors of implementations on the same inputs, against the definition in float64."""
 
     def __init__(self, case: Case, gates: Gates):
-        self._inputs = make_inputs(case, gates, 0)
+        self.inputs = make_inputs(case, gates, 0)
         self._expected: dict[bool, tuple[torch.Tensor, ...]] = {}
 
     def errors(self, implementation: Implementation) -> dict[str, float]:
         """Relative error, norm over norm, of output and gradients."""
-        found = bind(implementation, self._inputs).both()
+        found = bind(implementation, self.inputs).both()
         if implementation.heads_first:
             found = tuple(x.transpose(1, 2) for x in found)
-        return {name: _relative(a, b) for name, a, b in zip(NAMES, found, self._definition(implementation.gated))}
+        return {name: _relative(a, b) for name, a, b in zip(NAMES, found, self.definition(implementation.gated))}
 
-    def _definition(self, gated: bool) -> tuple[torch.Tensor, ...]:
+    def definition(self, gated: bool = True) -> tuple[torch.Tensor, ...]:
+        """Output and gradients in float64; not `gated`: of plain softmax attention."""
         if gated not in self._expected:
-            *tensors, acp = self._inputs
-            q, k, v, log_f, grad = (x.double() for x in tensors)
-            inputs = Inputs(q, k, v, log_f if gated else torch.zeros_like(log_f), grad, acp)
+            *tensors, acp = self.inputs
             naive = Implementation("naive", direct(lambda q, k, v, f, acp: naive_forgetting_attention(q, k, v, f)))
-            self._expected[gated] = bind(naive, inputs).both()
+            groups = []  # one after the other: each takes several T x T of float64
+            for q, k, v, log_f, grad in zip(*(x.double().chunk(tensors[1].shape[2], 2) for x in tensors)):
+                inputs = Inputs(q, k, v, log_f if gated else torch.zeros_like(log_f), grad, acp)
+                groups.append(bind(naive, inputs).both())
+            self._expected[gated] = tuple(torch.cat(parts, 2) for parts in zip(*groups))
         return self._expected[gated]
 
 
@@ -198,22 +202,38 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device) -> list[float]:
-    """Of one call on a CPU; of several on a GPU, by events, after one that warms up, with nothing of use in L2."""
-    return list(_gpu_times(call) if device.type == "cuda" else _cpu_times(call))
+def milliseconds(call: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
+    """Of one call on a CPU; of several on a GPU, by events, after one that warms up, with nothing of use in L2.
+
+    group: ranks that must all do so. They begin every call together, and its time is that of the slowest.
+    """
+    return slowest(list((_gpu_times if device.type == "cuda" else _cpu_times)(call, group)), device, group)
 
 
-def _cpu_times(call: Callable[[], Any]) -> Iterator[float]:
+def slowest(times: list[float], device: torch.device, group: dist.ProcessGroup | None) -> list[float]:
+    """Each the largest over the ranks of a group."""
+    if group is None:
+        return times
+    largest = torch.tensor(times, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest.tolist()
+
+
+def _cpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None) -> Iterator[float]:
+    if group:
+        dist.barrier(group)
     begun = time.perf_counter()
     call()
     yield 1000 * (time.perf_counter() - begun)
 
 
-def _gpu_times(call: Callable[[], Any]) -> Iterator[float]:
+def _gpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None) -> Iterator[float]:
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
 
     def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if group:
+            dist.barrier(group)  # before the flush, during which the host gets ahead, as with one rank
         flush.zero_()
         begun.record()
         call()
@@ -223,7 +243,7 @@ def _gpu_times(call: Callable[[], Any]) -> Iterator[float]:
     call()
     begun, ended = timed()
     torch.cuda.synchronize()
-    once = begun.elapsed_time(ended)
+    once = slowest([begun.elapsed_time(ended)], torch.device("cuda"), group)[0]  # all ranks must call as often
     pairs = [timed() for _ in range(max(3, min(50, int(1000 * SECONDS / max(once, 1e-3)))))]
     torch.cuda.synchronize()
     for begun, ended in pairs:

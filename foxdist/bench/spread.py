@@ -1,0 +1,271 @@
+"""Attention over ranks, measured: its errors against the definition, then time, traffic, balance and memory.
+
+Every rank makes the same inputs and holds its part of them. A row needs nothing but its own calls: the errors of its
+shape, ranks, layout and schedule were found before, and what is wrong gets no time.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from foxdist import mesh as meshes
+from foxdist.attention import Acp, AttentionStats, ContextParallel, forgetting_attention
+from foxdist.bench import gates as gate_kinds
+from foxdist.bench import measure
+from foxdist.bench.gates import Gates
+from foxdist.bench.implementations import Implementation, direct
+from foxdist.bench.layouts import MIB, Point, Row
+from foxdist.bench.measure import DTYPES, NAMES, Case, Checker, Inputs, Shape
+from foxdist.layout import BLOCK, blocks_of, chunk_count, shard
+
+TIMEOUT = 60.0  # minutes: ranks wait for those that are measured without them
+
+
+def run_on_ranks(points: list[Point], shapes: list[Shape], chosen: argparse.Namespace) -> dict[str, Any] | None:
+    """Checks and rows, measured on the ranks that a launcher started, or else on as many processes of this host as the
+    largest point asks for. None on all ranks of a launcher but its first."""
+    if meshes.world_from_environment() > 1:
+        return measure_here(points, shapes, chosen)
+    size = max(point.ranks for point in points)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        mp.spawn(_spawned, (size, port, answer, points, shapes, chosen), nprocs=size)
+        return json.loads(answer.read_text())
+
+
+def _spawned(
+    rank: int,
+    size: int,
+    port: int,
+    answer: Path,
+    points: list[Point],
+    shapes: list[Shape],
+    chosen: argparse.Namespace,
+) -> None:
+    """One of the processes, in a launcher's environment."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    found = measure_here(points, shapes, chosen)
+    if found:
+        answer.write_text(json.dumps(found))
+
+
+def measure_here(points: list[Point], shapes: list[Shape], chosen: argparse.Namespace) -> dict[str, Any] | None:
+    """All points, each on the first of this job's ranks; the others wait. Every rank calls. None but on the first."""
+    mesh = meshes.start(meshes.world_from_environment(), TIMEOUT, gpu=chosen.device == "cuda")
+    gates, names = gate_kinds.find(chosen.gates), meshes.hosts()
+    sizes = sorted({point.ranks for point in points})
+    device = torch.cuda.get_device_name() if chosen.device == "cuda" else "CPU"
+    found: dict[str, Any] = {"device": device, "checks": [], "rows": []}
+    found["one_host"] = {str(size): len(set(names[:size])) == 1 for size in sizes}
+    for size in sizes:
+        group = dist.new_group(range(size))
+        if mesh.rank < size:
+            here = [point for point in points if point.ranks == size]
+            for shape in shapes:
+                checks, rows = _measure(group, here, shape, gates, mesh.device, chosen)
+                found["checks"] += checks
+                found["rows"] += rows
+        dist.barrier()
+    meshes.stop()
+    return found if mesh.rank == 0 else None
+
+
+def _measure(
+    group: dist.ProcessGroup,
+    points: list[Point],
+    shape: Shape,
+    gates: Gates,
+    device: torch.device,
+    chosen: argparse.Namespace,
+) -> tuple[list[Row], list[Row]]:
+    """Checks and rows of one shape on the ranks of a group."""
+    checks: list[Row] = []
+    rows: list[Row] = []
+    size = dist.get_world_size(group)
+    length = check_length(size)
+    case = Case(shape, length, DTYPES[chosen.dtype], device)
+    checker = Checker(case, gate_kinds.find("mixed"))
+    for cp in ways(group, chosen):
+        errors = _errors(cp, checker, chosen)
+        check = {"shape": str(shape), "tokens": length, **_way(cp), "errors": errors}
+        check["failed"] = _wrong(errors, case.dtype)
+        checks.append(check)
+        for point in points if check["failed"] is None else []:
+            row = {"shape": str(shape), **point._asdict(), **_way(cp)}
+            row |= _row(cp, case._replace(length=point.tokens), gates, chosen)
+            rows.append(row)
+            _say(row)
+    return checks, rows
+
+
+def ways(group: dist.ProcessGroup, chosen: argparse.Namespace) -> Iterator[ContextParallel]:
+    """Each layout with each schedule; of one rank, which exchanges nothing, there is one way."""
+    layouts, schedules = chosen.layouts, chosen.schedules
+    if dist.get_world_size(group) == 1:
+        layouts, schedules = layouts[:1], schedules[:1]
+    for layout in layouts:
+        for schedule in schedules:
+            yield ContextParallel(group, layout, schedule)
+
+
+def check_length(size: int) -> int:
+    """Tokens at which errors are measured: whole chunks of both layouts."""
+    unit = BLOCK * chunk_count(size, "zigzag")
+    return unit * -(-measure.CHECKED[0] // unit)
+
+
+def spread(cp: ContextParallel, chosen: argparse.Namespace) -> Implementation:
+    """foxdist's attention over ranks, as the options say, for one rank's part of the inputs."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, acp: Acp) -> torch.Tensor:
+        out = forgetting_attention(q, k, v, log_f, acp=pruning(acp, chosen), cp=cp, backend=chosen.backend)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    return Implementation(f"{cp.layout} {cp.schedule}", direct(attend), ours=True)
+
+
+def pruning(acp: Acp, chosen: argparse.Namespace) -> Acp | None:
+    """The rule that the options name, with the inputs' bound on the logits."""
+    return None if chosen.no_acp else replace(acp, bound=chosen.bound)
+
+
+def part(inputs: Inputs, cp: ContextParallel) -> Inputs:
+    """This rank's."""
+    q, k, v, log_f, grad = (_shard(x, cp) for x in inputs[:5])
+    return Inputs(q, k, v, log_f, grad, inputs.acp)
+
+
+def _shard(x: torch.Tensor, cp: ContextParallel) -> torch.Tensor:
+    return shard(x, cp.rank, cp.size, cp.layout) if cp.size > 1 else x
+
+
+def _errors(cp: ContextParallel, checker: Checker, chosen: argparse.Namespace) -> dict[str, float]:
+    """Relative errors over all ranks against the definition on one process: output and gradients, norm over norm."""
+    found = measure.bind(spread(cp, chosen), part(checker.inputs, cp)).both()
+    errors = {}
+    for name, mine, whole in zip(NAMES, found, checker.definition()):
+        expected = _shard(whole, cp)
+        squares = torch.stack([(mine.double() - expected).square().sum(), expected.square().sum()])
+        dist.all_reduce(squares, group=cp.group)
+        errors[name] = float((squares[0] / squares[1]).sqrt())
+    return errors
+
+
+def _wrong(errors: dict[str, float], dtype: torch.dtype) -> str | None:
+    allowed = measure.limits(dtype)
+    for name, value in errors.items():
+        if not value <= allowed[name]:
+            return f"{name} is wrong: {value:.1e}, more than {allowed[name]:.1e}"
+    return None
+
+
+def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespace) -> Row:
+    """Times of `repeats` fresh sets of inputs for each layer of the gates; counts are the mean over layers."""
+    forward: list[list[float]] = [[] for _ in range(gates.layers)]
+    both: list[list[float]] = [[] for _ in range(gates.layers)]
+    counts: list[Row] = []
+    memory = None
+    implementation = spread(cp, chosen)
+    for seed in range(chosen.repeats * gates.layers):
+        mine = part(measure.make_inputs(case, gates, seed), cp)
+        if seed < gates.layers:
+            counts.append(_counts(cp, mine, chosen))
+        ready = measure.bind(implementation, mine)
+        if seed == 0:
+            ready.both()  # compiles
+            memory = _most(measure.peak_memory(ready.both, case.device), case.device, cp)
+        forward[seed % gates.layers] += measure.milliseconds(ready.forward, case.device, cp.group)
+        both[seed % gates.layers] += measure.milliseconds(ready.both, case.device, cp.group)
+    row: Row = {key: statistics.mean(each[key] for each in counts) for key in counts[0]}
+    for name, samples in (("forward", forward), ("forward+backward", both)):
+        median, least, greatest = (statistics.mean(f(s) for s in samples) for f in (statistics.median, min, max))
+        row |= {f"{name}(ms)": median, f"{name}_least(ms)": least, f"{name}_greatest(ms)": greatest}
+    sent, needed = row["kv_sent(MiB)"], row["kv_needed(MiB)"]
+    off = f"a rank sends {sent} MiB of K and V and should send {needed}, or ranks send one another's"
+    return row | {"peak_memory(MiB)": memory, "failed": off if row["ranks_off"] else None}
+
+
+def _most(memory: float | None, device: torch.device, cp: ContextParallel) -> float | None:
+    """Of all ranks."""
+    return None if memory is None else measure.slowest([memory], device, cp.group)[0]
+
+
+def _counts(cp: ContextParallel, mine: Inputs, chosen: argparse.Namespace) -> Row:
+    """Tiles and bytes of one call, over all ranks."""
+    with torch.no_grad():
+        acp = pruning(mine.acp, chosen)
+        found = forgetting_attention(*mine[:4], acp=acp, cp=cp, backend=chosen.backend, return_stats=True)
+    assert isinstance(found, tuple)
+    stats: AttentionStats = found[1]
+    every: list[tuple[int, ...]] = [()] * cp.size
+    numbers = (stats.tiles_kept, stats.tiles_causal, stats.bytes_sent, stats.bytes_dense)
+    dist.all_gather_object(every, numbers, group=cp.group)
+    kept, causal, sent, dense = np.array(every).T
+    page = 2 * BLOCK * mine.k.shape[3] * mine.k.element_size()
+    needed = needed_pages(stats.start.cpu().numpy(), mine.k.shape[2], cp.size, cp.layout) * page
+    return {
+        "tiles": int(kept.sum()),
+        "tiles_kept(%)": 100 * float(kept.sum() / causal.sum()),
+        "balance": float(kept.max() / kept.mean()),
+        "kv_sent(MiB)": float(sent.mean()) / MIB,
+        "kv_sent_most(MiB)": float(sent.max()) / MIB,
+        "kv_needed(MiB)": float(needed.sum() / cp.size) / MIB,
+        "kv_dense(MiB)": float(dense.mean()) / MIB,
+        "busiest_pair(MiB)": float(needed.max()) / MIB,
+        "ranks_off": int((sent != needed.sum(1)).sum()),  # that do not send what brute force finds
+    }
+
+
+def needed_pages(start: np.ndarray, kv_heads: int, size: int, layout: str) -> np.ndarray:
+    """[P, P]: pages of rank i that rank j's queries keep, by looking at every block. start: [1, H, N].
+
+    Written down once more, apart from the plan: it is what the plan's bytes are held against.
+    """
+    heads, blocks = start.shape[1:]
+    owner = np.empty(blocks, np.int64)
+    for rank in range(size):
+        owner[blocks_of(rank, size, blocks, layout)] = rank
+    group = np.arange(heads) * kv_heads // heads
+    pages = np.zeros((size, size), np.int64)
+    for rank in range(size):
+        mine = np.flatnonzero(owner == rank)
+        edges = np.zeros((kv_heads, blocks + 1), np.int64)  # +1 where a query block's keys begin, -1 after its own
+        for head in range(heads):
+            np.add.at(edges[group[head]], start[0, head, mine], 1)
+            np.add.at(edges[group[head]], mine + 1, -1)
+        kept = (edges.cumsum(1)[:, :-1] > 0).sum(0)
+        kept[mine] = 0
+        np.add.at(pages[:, rank], owner, kept)
+    return pages
+
+
+def _way(cp: ContextParallel) -> Row:
+    """One rank has no layout."""
+    alone = cp.size == 1
+    return {"ranks": cp.size, "layout": None if alone else cp.layout, "schedule": None if alone else cp.schedule}
+
+
+def _say(row: Row) -> None:
+    """A row as soon as it is there, for a run that takes long."""
+    if dist.get_rank() == 0:
+        where = (f"{row['ranks']} ranks", row["layout"] or "-", row["schedule"] or "-", row["shape"])
+        times = f"{row['forward(ms)']:.3g} and {row['forward+backward(ms)']:.3g} ms"
+        print(f"{', '.join(where)}, {row['tokens']:,} tokens: {times}", file=sys.stderr)
