@@ -206,13 +206,15 @@ def test_the_rule_is_right_where_it_turns(shape, tmp_path):
 def test_two_ranks_end_to_end(tmp_path, capsys):
     words = ["context-parallel", "--device", "cpu", "--dtype", "fp32", "--shapes", "4x16", "--kv-heads", "2"]
     words += ["--gates", "mixed", "--lengths", "2048", "--weak", "512", "--ranks", "2", "1", "--repeats", "1"]
+    words += ["--transports", "auto", "peer"]
     assert bench.main([*words, "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
     found = result_of(tmp_path)
-    ways = list(itertools.product(("zigzag", "contiguous"), ("gather", "ring")))
+    ways = list(itertools.product(("zigzag", "contiguous"), ("gather", "ring"), ("auto", "peer")))
     series = [("strong", 2048, 1), ("strong", 2048, 2), ("weak", 512, 1), ("weak", 1024, 2)]
-    assert [(row["series"], row["tokens"], row["ranks"], row["layout"], row["schedule"]) for row in found["rows"]] == [
-        (*point, *way) for point in series for way in (ways if point[2] == 2 else [(None, None)])
+    keys = ("series", "tokens", "ranks", "layout", "schedule", "transport")
+    assert [tuple(row[key] for key in keys) for row in found["rows"]] == [
+        (*point, *way) for point in series for way in (ways if point[2] == 2 else [(None,) * 3])
     ]
     one = found["rows"][0]
     assert one["forward_speed_up"] == one["forward+backward_speed_up"] == 1
@@ -221,6 +223,7 @@ def test_two_ranks_end_to_end(tmp_path, capsys):
         assert row["failed"] is None
         assert 0 < row["forward_least(ms)"] <= row["forward(ms)"] <= row["forward_greatest(ms)"]
         assert row["kv_sent(MiB)"] == row["kv_needed(MiB)"]
+        assert (row["exposed(ms)"] is None) == (row["ranks"] == 1)
         if row["ranks"] == 1:
             assert row["kv_sent(MiB)"] == row["kv_dense(MiB)"] == 0
             continue
@@ -230,13 +233,13 @@ def test_two_ranks_end_to_end(tmp_path, capsys):
             assert row["tiles"] == one["tiles"]
             expected = one["forward+backward(ms)"] / row["forward+backward(ms)"]
             assert row["forward+backward_speed_up"] == pytest.approx(expected)
-    assert {(c["ranks"], c["layout"], c["schedule"]) for c in found["checks"]} == {(1, None, None)} | {
+    assert {tuple(c[key] for key in keys[2:]) for c in found["checks"]} == {(1, *(None,) * 3)} | {
         (2, *way) for way in ways
     }
     assert all(max(check["errors"].values()) < 1e-5 for check in found["checks"])
     assert [(x["tokens"], x["auto"]) for x in found["verdicts"]] == [(2048, "zigzag"), (1024, "zigzag")]
-    times = {row["layout"]: [] for row in found["rows"][1:5]}
-    for row in found["rows"][1:5]:
+    times = {row["layout"]: [] for row in found["rows"][1:9]}
+    for row in found["rows"][1:9]:
         times[row["layout"]].append(row["forward+backward(ms)"])
     best = {layout: min(each) for layout, each in times.items()}
     assert found["verdicts"][0]["auto_slower_by"] == pytest.approx(best["zigzag"] / min(best.values()))
@@ -296,7 +299,7 @@ def test_what_is_wrong_gets_no_time(ranks, capsys):
         assert checks[0]["failed"].startswith("out is wrong: ")
         assert 1e-3 < checks[0]["errors"]["out"] < 1e-2
     assert context_parallel.report_failures({"checks": checks, "rows": rows}) == 1
-    assert "2x16 on 2 ranks, contiguous, ring, 512 tokens: out is wrong" in capsys.readouterr().err
+    assert "2x16 on 2 ranks, contiguous, ring, auto, 512 tokens: out is wrong" in capsys.readouterr().err
 
 
 def test_bytes_that_brute_force_does_not_find_are_named(ranks):

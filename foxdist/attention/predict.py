@@ -8,6 +8,7 @@ by side, and a round begins with one latency. What a rank computes while a round
     forward     own tiles | round 1,  tiles of round 1 | round 2,  ...,  tiles of the last round
     backward    the same, and round i's gradients go home before round i + 2 travels; the last ones' way is all exposed
 
+ring.py hides more than that: gradients of the first round's pages are made first and travel beside the own tiles.
 The slowest rank counts; none waits for another's delay. What both layouts have alike (gate sums, planning) is left out.
 """
 

@@ -17,6 +17,7 @@ from foxdist import mesh as meshes
 from foxdist.attention.acp import BOUNDS
 from foxdist.attention.backends import BACKENDS, choose_backend
 from foxdist.attention.plan import SCHEDULES
+from foxdist.attention.transport import TRANSPORTS
 from foxdist.bench import gates as gate_kinds
 from foxdist.bench import layouts, spread, spread_report
 from foxdist.bench.attention import check_gates, read_shapes
@@ -46,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     layouts.add_options(parser)
     add("--ranks", type=positive, nargs="+", default=[], metavar="P", help="also measure on so many; 1 for speed-ups")
     add("--schedules", nargs="+", choices=SCHEDULES, default=["gather", "ring"], help="to measure")
+    add("--transports", nargs="+", choices=TRANSPORTS, default=["auto"], help="to measure; default: auto")
     add("--repeats", type=positive, metavar="N", help="sets of fresh inputs; default: 5 on a GPU, 3 on a CPU")
     add("--backend", choices=["auto", *BACKENDS], default="auto", help="of attention; default: %(default)s")
     add("--dtype", choices=DTYPES, default="bf16")
@@ -182,6 +184,7 @@ def report_failures(result: dict[str, Any]) -> int:
     """Names what is wrong; the exit status."""
     failed = [x for x in result["checks"] + result["rows"] if x["failed"]]
     for x in failed:
-        way = f"{x['shape']} on {x['ranks']} ranks, {x['layout']}, {x['schedule']}, {x['tokens']:,} tokens"
+        way = f"{x['shape']} on {x['ranks']} ranks, {x['layout']}, {x['schedule']}, {x['transport']}"
+        way += f", {x['tokens']:,} tokens"
         print(f"error: {way}: {x['failed']}", file=sys.stderr)
     return 1 if failed else 0

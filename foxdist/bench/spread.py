@@ -5,6 +5,7 @@ shape, ranks, layout and schedule were found before, and what is wrong gets no t
 """
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -12,9 +13,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,7 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from foxdist import mesh as meshes
-from foxdist.attention import Acp, AttentionStats, ContextParallel, forgetting_attention
+from foxdist.attention import Acp, AttentionStats, ContextParallel, copies, forgetting_attention, resolve
+from foxdist.attention.symmetric import Symmetric
 from foxdist.bench import gates as gate_kinds
 from foxdist.bench import measure
 from foxdist.bench.gates import Gates
@@ -116,13 +120,13 @@ def _measure(
 
 
 def ways(group: dist.ProcessGroup, chosen: argparse.Namespace) -> Iterator[ContextParallel]:
-    """Each layout with each schedule; of one rank, which exchanges nothing, there is one way."""
-    layouts, schedules = chosen.layouts, chosen.schedules
+    """Each layout, schedule and transport; of one rank, which exchanges nothing, there is one way."""
+    options: list[list[Any]] = [chosen.layouts, chosen.schedules, chosen.transports]
     if dist.get_world_size(group) == 1:
-        layouts, schedules = layouts[:1], schedules[:1]
-    for layout in layouts:
-        for schedule in schedules:
-            yield ContextParallel(group, layout, schedule)
+        yield ContextParallel(group, *(some[0] for some in options[:2]))
+        return
+    for layout, schedule, transport in itertools.product(*options):
+        yield resolve(ContextParallel(group, layout, schedule, transport=transport), torch.device(chosen.device))
 
 
 def check_length(size: int) -> int:
@@ -181,6 +185,7 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
     """Times of `repeats` fresh sets of inputs for each layer of the gates; counts are the mean over layers."""
     forward: list[list[float]] = [[] for _ in range(gates.layers)]
     both: list[list[float]] = [[] for _ in range(gates.layers)]
+    silent: list[list[float]] = [[] for _ in range(gates.layers)]
     counts: list[Row] = []
     memory = None
     implementation = spread(cp, chosen)
@@ -194,13 +199,33 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
             memory = _most(measure.peak_memory(ready.both, case.device), case.device, cp)
         forward[seed % gates.layers] += measure.milliseconds(ready.forward, case.device, cp.group)
         both[seed % gates.layers] += measure.milliseconds(ready.both, case.device, cp.group)
+        with without_pages():
+            silent[seed % gates.layers] += measure.milliseconds(ready.both, case.device, cp.group)
     row: Row = {key: statistics.mean(each[key] for each in counts) for key in counts[0]}
+    alone = statistics.mean(map(statistics.median, silent))
     for name, samples in (("forward", forward), ("forward+backward", both)):
         median, least, greatest = (statistics.mean(f(s) for s in samples) for f in (statistics.median, min, max))
         row |= {f"{name}(ms)": median, f"{name}_least(ms)": least, f"{name}_greatest(ms)": greatest}
+    row["exposed(ms)"] = row["forward+backward(ms)"] - alone if cp.size > 1 else None
     sent, needed = row["kv_sent(MiB)"], row["kv_needed(MiB)"]
     off = f"a rank sends {sent} MiB of K and V and should send {needed}, or ranks send one another's"
     return row | {"peak_memory(MiB)": memory, "failed": off if row["ranks_off"] else None}
+
+
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Calls in here do all but move pages: what they compute is wrong, and their time what attention itself takes."""
+
+    def nothing(*_: Any, **__: Any) -> tuple[()]:
+        return ()
+
+    with (
+        patch.object(dist, "batch_isend_irecv", nothing),
+        patch.object(copies, "gather", nothing),
+        patch.object(copies, "fetch", nothing),
+        patch.object(Symmetric, "barrier", nothing),
+    ):
+        yield
 
 
 def _most(memory: float | None, device: torch.device, cp: ContextParallel) -> float | None:
@@ -259,13 +284,14 @@ def needed_pages(start: np.ndarray, kv_heads: int, size: int, layout: str) -> np
 
 def _way(cp: ContextParallel) -> Row:
     """One rank has no layout."""
-    alone = cp.size == 1
-    return {"ranks": cp.size, "layout": None if alone else cp.layout, "schedule": None if alone else cp.schedule}
+    names = ("layout", "schedule", "transport")
+    return {"ranks": cp.size} | {name: getattr(cp, name) if cp.size > 1 else None for name in names}
 
 
 def _say(row: Row) -> None:
     """A row as soon as it is there, for a run that takes long."""
     if dist.get_rank() == 0:
-        where = (f"{row['ranks']} ranks", row["layout"] or "-", row["schedule"] or "-", row["shape"])
+        way = [row[name] for name in ("layout", "schedule", "transport") if row[name]]
+        where = (f"{row['ranks']} ranks", *way, row["shape"])
         times = f"{row['forward(ms)']:.3g} and {row['forward+backward(ms)']:.3g} ms"
         print(f"{', '.join(where)}, {row['tokens']:,} tokens: {times}", file=sys.stderr)

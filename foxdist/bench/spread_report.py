@@ -32,8 +32,10 @@ COLUMNS = (
     "ranks",
     "layout",
     "schedule",
+    "transport",
     "forward, ms (range)",
     "forward + backward, ms (range)",
+    "exposed, ms",
     "speed-up, forward / both",
     "tiles kept",
     "most over mean",
@@ -65,7 +67,7 @@ def markdown(result: dict[str, Any]) -> str:
     if result["verdicts"]:
         parts.append("\n".join(map(_sentence, result["verdicts"])))
     if result["checks"]:
-        heads = ("heads x dim", "tokens", "ranks", "layout", "schedule", *NAMES, "check")
+        heads = ("heads x dim", "tokens", "ranks", "layout", "schedule", "transport", *NAMES, "check")
         parts += ["Relative errors against float64:", table(heads, [_check(x) for x in result["checks"]])]
     return "\n\n".join(parts)
 
@@ -149,6 +151,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         *_head(row),
         time("forward"),
         time("forward+backward"),
+        "-" if row["exposed(ms)"] is None else f"{row['exposed(ms)']:.3g}",
         " / ".join(map(faster, ("forward", "forward+backward"))),
         f"{row['tiles_kept(%)']:.1f} %",
         f"{row['balance']:.2f}",
@@ -165,7 +168,8 @@ def _check(x: Row) -> tuple[str, ...]:
 
 
 def _head(row: Row) -> tuple[str, ...]:
-    return row["shape"], f"{row['tokens']:,}", str(row["ranks"]), row["layout"] or "-", row["schedule"] or "-"
+    way = (row[name] or "-" for name in ("layout", "schedule", "transport"))
+    return row["shape"], f"{row['tokens']:,}", str(row["ranks"]), *way
 
 
 def _key(row: Row) -> tuple[Any, ...]:
