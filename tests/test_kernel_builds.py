@@ -79,6 +79,32 @@ def gate_calls():
             tight.boundary(table, bound, -10.0, 80.0)
 
 
+def page_calls():
+    """Copies of pages between ranks, the tables that say which, and the loss."""
+    from foxdist import loss_kernel
+    from foxdist.attention.kernels import copies, needs
+    from foxdist.attention.pages import Pages, page_bytes, pages_in
+    from foxdist.attention.slots import make_slots
+
+    def pages(count, dim, group, dtype):
+        memory = torch.zeros(count * page_bytes(dim, group, dtype), dtype=torch.uint8)
+        return pages_in(memory, count, dim, group, dtype)
+
+    number = torch.zeros(4, dtype=torch.int32)
+    for dim, group, dtype in ((64, 1, BF16), (128, 2, BF16), (32, 1, FP32)):
+        k = torch.zeros(1, 256, 2, dim, dtype=dtype)
+        pool = Pages(k, k, torch.zeros(1, 2 * group, 2, 128))
+        copies.gather(pool, number, pages(4, dim, group, dtype))
+        for kind in {dtype, FP32}:
+            copies.fetch([pages(4, dim, group, kind)], number, number, pages(4, dim, group, kind))
+        total = Pages(k.float(), k.float(), pool.c_in)
+        copies.add(total, number[None], pages(4, dim, group, FP32), dtype)
+        start = torch.zeros(1, 2 * group, 8, dtype=torch.int32)
+        needs.find_needs(start, 2, make_slots(1, 4, "zigzag", 8, True, torch.device("cpu")))
+    for dtype in (BF16, FP32):
+        loss_kernel.softmax_gradient(torch.zeros(2, 50304, dtype=dtype), torch.zeros(2).long(), 50257, -100)
+
+
 CALLS = [
     ("measured", 90, tile_calls, ("triton", 64, BF16)),
     ("measured", 90, tile_calls, ("triton", 128, BF16)),
@@ -89,6 +115,8 @@ CALLS = [
     ("measured in float32", 90, tile_calls, ("triton", 128, FP32, 2, False)),
     ("gates", 90, gate_calls, ()),
     ("gates", 80, gate_calls, ()),
+    ("pages", 90, page_calls, ()),
+    ("pages", 80, page_calls, ()),
     ("fits", 80, tile_calls, ("triton", 64, BF16, 2, False)),
     ("fits", 80, tile_calls, ("triton", 256, BF16, 2, False)),
     ("fits", 80, tile_calls, ("triton", 64, FP32, 2, False)),
@@ -177,9 +205,10 @@ def test_kernels_compile_and_keep_to_their_registers(architecture, tmp_path, rec
         assert kernel["shared"] <= SHARED[architecture], kernel
         assert not (kernel["gluon"] and kernel["notes"]), "ptxas puts products in a row that should overlap"
         gates = SPILLED_GATES.get(kernel["kernel"], 0)
-        limits = {"fits": SPILLED_FITS, "measured in float32": SPILLED_FLOAT32, "gates": gates}
+        limits = {"pages": 0, "fits": SPILLED_FITS, "measured in float32": SPILLED_FLOAT32, "gates": gates}
         limit = SPILLED_GLUON[kernel["kernel"]] if kernel["gluon"] else limits.get(kernel["kind"], SPILLED)
         assert kernel["spilled"] <= limit, kernel
     names = {kernel["kernel"] for kernel in kernels}
     assert {"_forward", "_backward_kv", "_backward_q", "_prepare"} <= names
+    assert {"_gather", "_fetch", "_add", "_find_needs", "_softmax_gradient"} <= names
     assert architecture != 90 or {"forward_kernel", "kv_kernel", "q_kernel"} <= names
