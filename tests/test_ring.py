@@ -4,6 +4,8 @@ import functools
 import gc
 import itertools
 import math
+import random
+import time
 
 import pytest
 import torch
@@ -13,12 +15,14 @@ from foxdist.attention import (
     RESET,
     Acp,
     ContextParallel,
+    copies,
     forgetting_attention,
     messages,
     naive_forgetting_attention,
     peer,
 )
 from foxdist.attention.pages import page_bytes
+from foxdist.attention.symmetric import Symmetric
 from foxdist.layout import BLOCK, blocks_of, chunk_count, shard, unshard
 
 from cases import gradients, inputs, relative
@@ -239,6 +243,53 @@ def test_dense_sends_what_causality_needs(ranks):
             stats.traffic.stages_causal,
         )
         assert sent["forward"] == stats.bytes_sent + stats.traffic.bytes_gates
+
+
+def attend_unevenly(rank, size, schedule, barriers):
+    """Calls one after the other over each other's memory, on ranks that dawdle, each at other places of every call."""
+    real = copies.gather, copies.fetch, Symmetric.barrier
+    dawdling = random.Random(rank)
+
+    def late(fn):
+        def run(*args):
+            time.sleep(dawdling.choice((0, 0, 0.03)))
+            return fn(*args)
+
+        return run
+
+    copies.gather, copies.fetch = map(late, real[:2])
+    Symmetric.barrier = late(real[2]) if barriers else lambda *_: None
+    cp = ContextParallel(dist.group.WORLD, "zigzag", schedule, transport="peer")
+    found = []
+    try:
+        for seed in range(6):
+            tensors = [shard(x, rank, size, "zigzag").clone() for x in inputs(1, 768, 2, 1, 16, "open", seed=seed)]
+            tensors = [x.requires_grad_() for x in tensors]
+            out = forgetting_attention(*tensors, cp=cp)
+            found.append([out.detach(), *torch.autograd.grad(out.square().sum(), tensors)])
+    finally:
+        copies.gather, copies.fetch, Symmetric.barrier = real
+    return found
+
+
+def largest_difference(answers):
+    """From one process, over all calls and tensors."""
+    worst = 0.0
+    for seed in range(6):
+        tensors = [x.requires_grad_() for x in inputs(1, 768, 2, 1, 16, "open", seed=seed)]
+        out = forgetting_attention(*tensors)
+        expected = [out.detach(), *torch.autograd.grad(out.square().sum(), tensors)]
+        for i, reference in enumerate(expected):
+            found = relative(unshard([a[seed][i] for a in answers], "zigzag"), reference)
+            worst = max(worst, math.inf if math.isnan(found) else found)
+    return worst
+
+
+@pytest.mark.parametrize("schedule", ["gather", "ring"])
+def test_barriers_keep_ranks_from_reading_too_early_and_writing_too_soon(ranks, schedule):
+    """And without them it goes wrong: so this would show if one were missing."""
+    assert largest_difference(ranks(3, attend_unevenly, schedule, True)) < 1e-4
+    assert largest_difference(ranks(3, attend_unevenly, schedule, False)) > 1e-2
 
 
 def most_pages(rank, size, schedule, transport):
