@@ -37,14 +37,14 @@ def in_an_exchange(do):
 
 
 def in_forward(do):
-    real = ring.forward
+    real = ring.find_kept
 
-    def forward(*args):
+    def find_kept(*args):
         if here("forward"):
             do()
         return real(*args)
 
-    ring.forward = forward
+    ring.find_kept = find_kept
 
 
 def in_the_plan(change):

@@ -10,7 +10,7 @@ from foxdist.attention import Acp, ContextParallel
 from foxdist.layout import shard
 from foxdist.progress import Progress, name_ranks, odd_ones, progress
 
-FORWARD = ["K/V shift", "gate sums", "pages, stage 1 of 1"]
+FORWARD = ["gate sums", "K/V shift", "pages, stage 1 of 1"]
 BACKWARD = ["pages, stage 1 of 1", "gradients, stage 1 of 1", "gate gradient", "K/V shift"]
 
 
