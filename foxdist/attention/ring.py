@@ -14,7 +14,7 @@ float32 in a fixed order. The gate's gradient is a suffix sum over the sequence:
 forward.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -76,7 +76,8 @@ class Result:
 def find_kept(
     q: torch.Tensor | None, k: torch.Tensor | None, log_f: torch.Tensor, kv_heads: int, room: float, call: Call
 ) -> Boundary:
-    """The gates' sums and what every rank keeps, by them: found beside the current stream. `forward` waits for it.
+    """The gates' sums and what every rank keeps, by them: found beside the current stream. `forward` waits for it; log_f,
+    q and k must stay as they are until then.
 
     q, k: needed where `needs_queries` says so. kv_heads: K. room: `acp.reference_room`.
     """
@@ -85,10 +86,14 @@ def find_kept(
     if cp is None:
         bound = _logit_bound(q, k, call, device)
         return boundary.find_boundary(q, k, log_f, call.acp, bound, call.scale, keys, room, lambda x: x, call.backend)
+    if call.acp and isinstance(call.acp.logit_bound, torch.Tensor):  # compiled code reuses its memory after this call
+        call = replace(call, acp=replace(call.acp, logit_bound=call.acp.logit_bound.clone()))
     ready = streams.mark(device)
     with streams.aside(device):
         streams.after(ready)
         bound = _logit_bound(q, k, call, device)
+        if isinstance(bound, torch.Tensor):
+            streams.hand_over([bound])
         kept = boundary.find_boundary(
             q, k, log_f, call.acp, bound, call.scale, keys, room, lambda x: _whole(x, cp, "gate sums"), call.backend
         )

@@ -64,7 +64,7 @@ def to_device(x: np.ndarray, device: torch.device, *users: torch.cuda.Stream) ->
 
 
 def hand_over(tensors: Iterable[torch.Tensor]) -> None:
-    """Says that the current stream will use what the one beside it made, so that its memory is not reused too early."""
+    """Says that the current stream uses what another made, so that its memory is not reused too early."""
     for x in tensors:
         if x.is_cuda:
             x.record_stream(torch.cuda.current_stream(x.device))
