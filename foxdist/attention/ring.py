@@ -76,8 +76,8 @@ class Result:
 def find_kept(
     q: torch.Tensor | None, k: torch.Tensor | None, log_f: torch.Tensor, kv_heads: int, room: float, call: Call
 ) -> Boundary:
-    """The gates' sums and what every rank keeps, by them: found beside the current stream. `forward` waits for it; log_f,
-    q and k must stay as they are until then.
+    """The gates' sums and what every rank keeps, by them: found beside the current stream. `forward` waits for it;
+    until then log_f, q and k must stay as they are.
 
     q, k: needed where `needs_queries` says so. kv_heads: K. room: `acp.reference_room`.
     """
