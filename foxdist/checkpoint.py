@@ -32,6 +32,7 @@ from foxdist.progress import progress
 from foxdist.run_folder import newest_first
 
 MANIFEST = "manifest.json"
+LAYOUT = 2  # of parameters in the optimizer's memory, which its files hold as it is: see optim.parameter_groups
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Saved:
     data: dict[str, Any]
     files: dict[str, tuple[int, str]]
     """Size in bytes and BLAKE2b of each file."""
+    layout: int
+    """`LAYOUT` when it was written."""
 
 
 def save(engine: Any, root: Path, mesh: Mesh, *, step: int, stage: int, data: dict[str, Any], keep: int) -> Path:
@@ -60,7 +63,7 @@ def save(engine: Any, root: Path, mesh: Mesh, *, step: int, stage: int, data: di
     with progress.exchange("names of files"):
         dist.all_gather_object(every, mine)
     files = {name: value for part in every for name, value in sorted((part or {}).items())}
-    on_rank_0(lambda: _finish(work, folder, Saved(step, mesh.world, stage, data, files), keep))
+    on_rank_0(lambda: _finish(work, folder, Saved(step, mesh.world, stage, data, files, LAYOUT), keep))
     return folder
 
 
@@ -155,7 +158,8 @@ def _read_manifest(folder: Path) -> Saved | None:
     try:
         tree = json.loads((folder / MANIFEST).read_text())
         tree["files"] = {name: (size, digest) for name, (size, digest) in tree["files"].items()}
-        return Saved(**tree)
+        saved = Saved(**tree)
+        return saved if saved.layout == LAYOUT else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

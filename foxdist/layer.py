@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from foxdist.attention import RESET, Acp, ContextParallel, find_kept, forgetting_attention
@@ -61,10 +62,36 @@ class FloatLinear(nn.Linear):
     """A linear map computed in float32 whatever its parameters' dtype: for gates, whose logits are exponentiated."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x.float(), self.weight.float())
+        exact = x.dtype == self.weight.dtype and x.dtype != torch.float32
+        y = _FloatProduct.apply(x, self.weight) if exact else F.linear(x.float(), self.weight.float())
         # The bias on its own: DeepSpeed's ZeRO-3 leaves its own F.linear behind in a process, which adds a bias in
         # place, and torch.compile of torch 2.11 then gives weight and bias no gradient.
         return y if self.bias is None else y + self.bias.float()
+
+
+class _FloatProduct(torch.autograd.Function):
+    """x @ weight.T in float32, of two tensors of the same lower precision: their products are exact there, so tensor
+    cores, which sum in float32, lose nothing. Float32 products of copies took 4 % of a step of 760M at 64k tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        high = grad.to(x.dtype)
+        parts = torch.cat([high, (grad - high.float()).to(x.dtype)], -1)  # whose sum is the gradient to 2^-16
+        dx = (parts @ torch.cat([weight, weight])).view_as(x)
+        dweight = _product(parts.T, x.flatten(0, -2)).unflatten(0, (2, -1)).sum(0)
+        return dx, dweight.to(weight.dtype)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class Attention(nn.Module):

@@ -7,11 +7,18 @@ from torch import nn
 
 from foxdist.config import Config, Optim
 
+ALIGNED = 8  # numbers of 2 bytes in 16
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and the embedding decay; biases and norm weights, the parameters of one dimension, do not."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
+    """Matrices and the embedding decay; biases and norm weights, the parameters of one dimension, do not.
+
+    ZeRO lays a group out in one piece of memory. Those of odd sizes, such as a bias of 12 heads, come last: behind one,
+    nothing begins at a multiple of 16 bytes, which compiled code counts on once the first block's parameters do.
+    """
+    parameters = sorted(model.parameters(), key=lambda p: p.numel() % ALIGNED != 0)
+    decayed = [p for p in parameters if p.ndim >= 2]
+    rest = [p for p in parameters if p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 

@@ -11,6 +11,7 @@ from foxdist.layer import FloatLinear
 from foxdist.layout import shard
 from foxdist.loss import IGNORE
 from foxdist.model import FoX, flops_per_token, parameter_count
+from foxdist.optim import parameter_groups
 
 from cases import relative
 
@@ -78,6 +79,39 @@ def test_gates_are_computed_in_float32_whatever_the_parameters():
     expected = torch.nn.functional.linear(x.double(), gate.weight.double(), gate.bias.double())
     assert gate(x).dtype == torch.float32
     assert relative(gate(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_of_low_precision_lose_nothing_to_it(dtype):
+    """Logits as of float64, and gradients rounded once, from a float32 gradient whose low bits matter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 300, 64, generator=g), torch.randn(3, 64, generator=g)
+    grad = torch.randn(2, 300, 3, generator=g).to(device)
+    gate = FloatLinear(64, 3, bias=False).to(device, dtype)
+    gate.weight.data.copy_(weight)
+    x = x.to(device, dtype).requires_grad_()
+    found = [gate(x)]
+    found += torch.autograd.grad(found[0], (x, gate.weight), grad)
+    exact = [v.detach().double().requires_grad_() for v in (x, gate.weight)]
+    expected = [exact[0] @ exact[1].T]
+    expected += torch.autograd.grad(expected[0], exact, grad.double())
+    assert found[0].dtype == torch.float32
+    for a, b, eps in zip(found, expected, (1e-6, torch.finfo(dtype).eps, torch.finfo(dtype).eps)):
+        assert relative(a, b) < eps / 2
+
+
+def test_parameters_of_a_group_begin_where_compiled_code_can_read_them():
+    """Laid out one behind the other, as ZeRO does: whatever has whole pieces of 16 bytes begins at one."""
+    fox = built(small(heads=2, kv_heads=1))
+    groups = [group["params"] for group in parameter_groups(fox, 0.1)]
+    assert sorted(map(id, fox.parameters())) == sorted(id(p) for group in groups for p in group)
+    assert any(p.numel() % 8 for group in groups for p in group), "an odd size, or nothing is tested"
+    for group in groups:
+        at = 0
+        for parameter in group:
+            assert at % 8 == 0 or parameter.numel() % 8
+            at += parameter.numel()
 
 
 def test_flops_of_a_token():
