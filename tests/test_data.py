@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +340,22 @@ def test_jobs_share_no_names_on_a_node(tmp_path, monkeypatch):
     one, two = (Loader(folder, open_folder(folder), **options) for _ in range(2))
     assert one._loader.dataset._shm_prefix_int == 1_900_000_000
     assert 7 <= two._loader.dataset._shm_prefix_int < 1_000_000  # the first from 7 on that is free here
+
+
+def test_what_reads_ahead_ends_with_who_reads(tmp_path):
+    """Its threads would ask for ever whether to go on; a process that trains more than once would be full of them."""
+    data = write_data(tmp_path / "data", documents=24)
+    loader = Loader(data, open_folder(data), batch=4, global_batch=4, cp=1, shuffle=True, seed=0, workers=0)
+    batches = iter(loader)
+    next(batches)
+    reading = loader._dataset._iterator
+    assert not reading.should_exit()
+    del batches
+    assert reading.should_exit()
+    end = time.monotonic() + 30
+    while reading._num_exited < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert reading._num_exited == 2
 
 
 def test_shared_memory_may_get_its_size_late():

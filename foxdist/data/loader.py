@@ -84,7 +84,7 @@ class Loader:
         self._epoch_size = steps_per_epoch(path, prepared, global_batch) * global_batch
         streaming = import_streaming()
         number_shared_memory_from(broadcast(secrets.randbelow(2**31)))
-        dataset = streaming.StreamingDataset(
+        self._dataset = dataset = streaming.StreamingDataset(
             local=str(path),
             shuffle=shuffle,
             shuffle_seed=seed,
@@ -106,9 +106,15 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            for batch in self._loader:
-                yield Batch(**batch)
+        try:
+            while True:
+                for batch in self._loader:
+                    yield Batch(**batch)
+        finally:
+            # Else the threads that read ahead in this process ask 140 times a second, for ever, whether to go on.
+            reading = getattr(self._dataset, "_iterator", None)
+            if reading is not None:
+                reading.non_blocking_exit()
 
     def state(self) -> dict[str, Any]:
         """The position after the batches taken so far; JSON."""
