@@ -35,7 +35,8 @@ class Symmetric:
 
     def barrier(self, what: str) -> None:
         """Nothing that follows, in the current stream, begins before all ranks have come here and what they wrote
-        before is there to be read. what: its name, for `progress`."""
+        before is there to be read. On a GPU it waits for ever for a rank that has gone: in training the watch ends that
+        (watch.py). what: its name, for `progress`."""
         with progress.exchange(what, self._ranks):
             if self._handle is not None:
                 self._handle.barrier(channel=0)
