@@ -147,6 +147,13 @@ def hosts() -> list[str]:
     return names
 
 
+def free_port() -> int:
+    """One that nothing on this host listens to at the moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _gpu(local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if count <= local_rank:  # DeepSpeed, too, takes the GPU of the rank's number
@@ -179,10 +186,7 @@ def _complete_environment() -> None:
                 "port, the same for all ranks; export them before srun"
             )
     if "RANK" not in env:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     # DeepSpeed's launcher calls it LOCAL_SIZE; without it streaming takes every rank for a node of its own.
     env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))

@@ -59,12 +59,8 @@ def forgetting_attention(
             f"acp.logit_bound: shape {list(acp.logit_bound.shape)}; must be [{q.shape[2]}], one for each query head; "
             "pass a number for all heads"
         )
-    if acp is not None and acp.log_eps == -math.inf:
-        acp = None
+    acp, cp = _settled(acp, cp, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    cp = cp if cp is not None and cp.size > 1 else None
-    if cp is not None and cp.transport == "auto":
-        cp = resolve(cp, q.device)
     options = {"scale": scale, "acp": acp, "cp": cp, "backend": runs.name}
     if kept is not None and kept.c_in.shape[:2] != (q.shape[0], q.shape[2]):
         raise ValueError(
@@ -96,17 +92,24 @@ def find_kept(
     log_f: [B, T, H] float32. kv_heads: K. head_dim: D. dtype: of q. None if the rule looks at q and k: without
     `acp.logit_bound`, or with `bound="tight"`.
     """
-    if acp is not None and acp.log_eps == -math.inf:
-        acp = None
+    acp, cp = _settled(acp, cp, log_f.device)
     if needs_queries(acp):
         return None
     name = choose_backend(backend, log_f.device, dtype, head_dim).name
-    cp = cp if cp is not None and cp.size > 1 else None
-    if cp is not None and cp.transport == "auto":
-        cp = resolve(cp, log_f.device)
     return operators.find_kept(
         log_f, None, None, kv_heads=kv_heads, dtype=dtype, scale=head_dim**-0.5, acp=acp, cp=cp, backend=name
     )
+
+
+def _settled(
+    acp: Acp | None, cp: ContextParallel | None, device: torch.device
+) -> tuple[Acp | None, ContextParallel | None]:
+    """None for a rule that prunes nothing, and for a group of one rank; of others, the transport is decided."""
+    if acp is not None and acp.log_eps == -math.inf:
+        acp = None
+    if cp is None or cp.size == 1:
+        return acp, None
+    return acp, resolve(cp, device) if cp.transport == "auto" else cp
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:

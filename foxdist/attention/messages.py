@@ -12,11 +12,10 @@ import torch
 
 from foxdist.attention import copies, streams
 from foxdist.attention.pages import BlockTable, Pages, page_bytes
-from foxdist.attention.plan import Plan
+from foxdist.attention.plan import UNDER_WAY, Plan
 from foxdist.attention.transport import ContextParallel, Swap
 from foxdist.layout import BLOCK, blocks_of
 
-UNDER_WAY = 2  # stages whose pages are in memory at once
 _buffers: dict[tuple[str, int, torch.device], torch.Tensor] = {}
 
 

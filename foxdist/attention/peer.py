@@ -20,11 +20,11 @@ import torch
 from foxdist.attention import copies, streams
 from foxdist.attention.needs import find_needs
 from foxdist.attention.pages import BlockTable, Pages, page_bytes, pages_in
+from foxdist.attention.plan import UNDER_WAY
 from foxdist.attention.slots import Needs, make_slots
 from foxdist.attention.symmetric import Symmetric, reachable
 from foxdist.attention.transport import ContextParallel
 
-UNDER_WAY = 2  # stages whose pages are in memory at once
 GATHERED = 2**30  # bytes of K/V: what all stages borrow together, up to which `auto` makes one of them
 
 
@@ -103,9 +103,7 @@ class PeerExchange:
         """`total`, gradients of the own pages in float32, plus those that `give_back` fetched; K and V in `dtype`."""
         memory = self._memory
         streams.after(self._returned[stage])
-        back = memory.of_stage(self.needs.back, stage)
-        row = torch.arange(back.numel(), dtype=torch.int32, device=back.device).view_as(back)
-        where = torch.where(back >= 0, row, -1)
+        where = torch.where(memory.of_stage(self.needs.back, stage) >= 0, memory.returned_rows, -1)
         return copies.add(total, where, memory.returned[stage % UNDER_WAY], dtype, self._kernels)
 
 
@@ -148,6 +146,8 @@ class _Memory:
         self.shelf, self.shelves = shared(2, own, dtype)
         self.grads, self.gradients = shared(under_way, borrowed, torch.float32)
         self.borrowed = [local(borrowed, dtype) for _ in range(under_way)]
+        rows_of_stage = torch.arange(self._per_stage * own, dtype=torch.int32, device=device)
+        self.returned_rows = rows_of_stage.view(self._per_stage, own)
         self.returned = [local(self._per_stage * own, torch.float32) for _ in range(under_way)]
         self.turns = itertools.count()
 

@@ -20,6 +20,8 @@ from foxdist.layout import chunk_count, chunks_of
 
 Schedule = Literal["auto", "gather", "ring"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+UNDER_WAY = 2
+"""Stages whose pages are in a rank's memory at once."""
 
 
 @dataclass(frozen=True, eq=False)

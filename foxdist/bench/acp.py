@@ -7,7 +7,6 @@ A local head is one that the published rule prunes at all.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -26,7 +25,7 @@ from foxdist.bench import gates as gate_kinds
 from foxdist.bench.attention import check_gates, read_shapes
 from foxdist.bench.gates import Gates
 from foxdist.bench.measure import DTYPES, Shape
-from foxdist.bench.report import table
+from foxdist.bench.report import save, table
 from foxdist.layout import BLOCK, LAYOUTS, chunk_count
 from foxdist.options import positive
 
@@ -81,8 +80,7 @@ def run(chosen: argparse.Namespace) -> int:
     result = {"setup": setup | {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}, "rows": rows}
     print(markdown(result))
     if chosen.output:
-        (chosen.output / "table.md").write_text(markdown(result) + "\n")
-        (chosen.output / "acp.json").write_text(json.dumps(result, indent=1) + "\n")
+        save(chosen.output, "acp", markdown(result), result)
         draw(result, chosen.output / "acp.png")
     return 1 if any(row["pruned_weight"] > math.exp(chosen.log_eps) for row in rows) else 0
 

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from foxdist import mesh as meshes
 from foxdist.attention.backends import choose_backend
 from foxdist.bench.gates import REGIMES
+from foxdist.bench.measure import slowest
 from foxdist.config import Config
 from foxdist.data.loader import Batch, shifted
 from foxdist.mesh import Mesh
@@ -152,9 +153,7 @@ def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list
         loss, targets = train_step(trainer, batches)
         _wait(device)
         seconds.append(time.perf_counter() - begun)
-    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.tolist(), loss, targets
+    return slowest(seconds, device, dist.group.WORLD), loss, targets
 
 
 def _wait(device: torch.device) -> None:

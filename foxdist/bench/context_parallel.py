@@ -5,7 +5,6 @@ also measured: on the ranks of a launcher, or on as many processes as the larges
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from foxdist.bench import layouts, spread, spread_report
 from foxdist.bench.attention import check_gates, read_shapes
 from foxdist.bench.layouts import Point, Row
 from foxdist.bench.measure import DTYPES, Shape
+from foxdist.bench.report import save
 from foxdist.layout import BLOCK, LAYOUTS, chunk_count
 from foxdist.options import positive
 
@@ -88,8 +88,7 @@ def run(chosen: argparse.Namespace) -> int:
     result["verdicts"] = layouts.verdicts(spread_rows, shapes, measured_on)
     print(spread_report.markdown(result))
     if chosen.output:
-        (chosen.output / "table.md").write_text(spread_report.markdown(result) + "\n")
-        (chosen.output / "context_parallel.json").write_text(json.dumps(result, indent=1) + "\n")
+        save(chosen.output, "context_parallel", spread_report.markdown(result), result)
         spread_report.draw(result, chosen.output / "context_parallel.png")
     return report_failures(result)
 

@@ -8,7 +8,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -70,9 +69,7 @@ class Processes:
         self._workers = []
 
     def _start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = meshes.free_port()
         context = multiprocessing.get_context("spawn")
         for rank in range(self._ranks):
             here, there = context.Pipe()

@@ -22,11 +22,16 @@ COLUMNS = (
 )
 
 
+def save(folder: Path, name: str, text: str, result: dict[str, Any]) -> None:
+    """What every benchmark leaves: table.md, and `name`.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def write(folder: Path, result: dict[str, Any]) -> None:
     """table.md, attention.json and attention.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown(result) + "\n")
-    (folder / "attention.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(folder, "attention", markdown(result), result)
     if any(row["failed"] is None for row in result["rows"]):
         draw(result, folder / "attention.png")
 

@@ -6,23 +6,17 @@ shape, ranks, layout and schedule were found before, and what is wrong gets no t
 
 import argparse
 import itertools
-import json
-import os
-import socket
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from foxdist import mesh as meshes
 from foxdist.attention import Acp, AttentionStats, ContextParallel, copies, forgetting_attention, resolve
@@ -33,6 +27,7 @@ from foxdist.bench.gates import Gates
 from foxdist.bench.implementations import Implementation, direct
 from foxdist.bench.layouts import MIB, Point, Row
 from foxdist.bench.measure import DTYPES, NAMES, Case, Checker, Inputs, Shape
+from foxdist.bench.processes import Processes
 from foxdist.layout import BLOCK, blocks_of, chunk_count, shard
 
 TIMEOUT = 60.0  # minutes: ranks wait for those that are measured without them
@@ -43,31 +38,15 @@ def run_on_ranks(points: list[Point], shapes: list[Shape], chosen: argparse.Name
     largest point asks for. None on all ranks of a launcher but its first."""
     if meshes.world_from_environment() > 1:
         return measure_here(points, shapes, chosen)
-    size = max(point.ranks for point in points)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        mp.spawn(_spawned, (size, port, answer, points, shapes, chosen), nprocs=size)
-        return json.loads(answer.read_text())
+    call = Processes(max(point.ranks for point in points))
+    try:
+        return call(_measure_all, (points, shapes, chosen))
+    finally:
+        call.stop()
 
 
-def _spawned(
-    rank: int,
-    size: int,
-    port: int,
-    answer: Path,
-    points: list[Point],
-    shapes: list[Shape],
-    chosen: argparse.Namespace,
-) -> None:
-    """One of the processes, in a launcher's environment."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    found = measure_here(points, shapes, chosen)
-    if found:
-        answer.write_text(json.dumps(found))
+def _measure_all(options: tuple[list[Point], list[Shape], argparse.Namespace]) -> dict[str, Any] | None:
+    return measure_here(*options)
 
 
 def measure_here(points: list[Point], shapes: list[Shape], chosen: argparse.Namespace) -> dict[str, Any] | None:

@@ -1,10 +1,9 @@
 """What the benchmark of training leaves: a Markdown table, JSON, and a picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from foxdist.bench.report import table
+from foxdist.bench.report import save, table
 
 Row = dict[str, Any]
 
@@ -26,9 +25,7 @@ COLUMNS = (
 
 def write(folder: Path, result: dict[str, Any]) -> None:
     """table.md, train.json and train.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown(result) + "\n")
-    (folder / "train.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(folder, "train", markdown(result), result)
     if any(row["failed"] is None for row in result["rows"]):
         draw(result, folder / "train.png")
 

@@ -16,7 +16,7 @@ from foxdist.layout import BLOCK
 # Programs of `fetch`: a peer's memory is read at full speed by 32 of them (313 GB/s of 333, two H200s), and the other
 # SMs are attention's meanwhile.
 FETCHERS = 32
-WORDS = 4096  # that a fetching program has under way: 64 KiB in all would not fit its registers
+WORDS = 4096  # of 32 bits, that a fetching program has under way: 16 in each of its threads
 TOKENS = 32  # of a page that one program of the others takes
 
 
