@@ -4,7 +4,7 @@
     torchrun  foxdist/train.py ...      srun python foxdist/train.py ...      python foxdist/train.py ...
 
 One rank or many, CPU or GPU, the file and its options are the same. Running the same command again continues the run.
-`--check` prints what would run, with its arithmetic, and stops.
+`--check` prints what would run, with its arithmetic, looks at data and run folder, and stops; it needs no GPU.
 
 Exit status: 2 for a mistake in the configuration, 1 for numbers that must not go on and for errors of our own, 75 for a
 rank or store that was lost (watch.py), 130 if interrupted.
@@ -87,7 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="over the file, for example train.steps=100"
     )
-    parser.add_argument("--check", action="store_true", help="print the resolved run and its arithmetic, and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print the resolved run and its arithmetic, look at data and run folder, and stop",
+    )
     parser.add_argument(
         "--world", type=positive, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
     )
@@ -98,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         if chosen.check:
-            print(describe(config, chosen.world or max(meshes.world_from_environment(), config.parallel.cp)))
+            world = chosen.world or max(meshes.world_from_environment(), config.parallel.cp)
+            print(describe(config, world), flush=True)
+            check_run(config, world)
             return 0
         check_before_start(config, meshes.world_from_environment())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
@@ -123,6 +129,12 @@ def _fail(error: Exception | str, status: int) -> int:
 
 def check_before_start(config: Config, world: int) -> None:
     """All mistakes that need no process group to be seen. Raises `ConfigError`."""
+    check_run(config, world)
+    check_machine(config)
+
+
+def check_run(config: Config, world: int) -> None:
+    """Mistakes that a machine without GPUs sees, too, before a job waits in a queue. Raises `ConfigError`."""
     configuration.check_world(config, world)
     prepared = open_folder(config.data.path)
     if prepared.sequence_length != config.data.sequence_length:
@@ -136,7 +148,6 @@ def check_before_start(config: Config, world: int) -> None:
             f"model.vocab={config.model.vocab}: smaller than the {prepared.vocab} tokens of {config.data.path} "
             f"({prepared.tokenizer} tokenizer); must be at least that; set model.vocab={prepared.vocab}"
         )
-    check_machine(config)
     steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
     check_wandb(config)
     run_folder.check(config)
