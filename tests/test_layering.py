@@ -20,6 +20,7 @@ ORDER = [
     "config",
     "progress",
     "mesh",
+    "stopping",
     "attention.naive",
     "attention.gates",
     "attention.acp",

@@ -1,9 +1,6 @@
 """A rank that dies, stalls, fails or plans differently ends every rank, with the right words; and the run goes on."""
 
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from foxdist.progress import Place
 from foxdist.verdict import SUSPECT, Heard, Word, judge, word_at
 from foxdist.watch import LOST
 
-from runs import environment, go, losses, tree, write_data, write_yaml
+from runs import go, losses, processes, tree, write_data, write_yaml
 
 TIMEOUT = 12.0  # seconds; a step takes a tenth of one
 LATE = 30.0  # seconds that the ranks may take to notice, to speak and to end, on a busy machine
@@ -41,32 +38,12 @@ def whole(ranks, data, tmp_path_factory):
 def run_with(fault, guilty, values, folder, gpus=""):
     """What each of two ranks said and how it ended, and in how many seconds. No launcher stands between them."""
     config, noted = write_yaml(folder, values), folder / "fault"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = str(Path(__file__).with_name("faulty.py"))
-    started = []
-    for rank in range(2):
-        where = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, script, fault, str(guilty), str(noted), "--config", str(config)],
-                env=environment()
-                | where
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": gpus},
-                stdout=subprocess.DEVNULL,
-                stderr=(folder / f"said{rank}").open("w"),
-            )
-        )
-    try:
+    script = Path(__file__).with_name("faulty.py")
+    with processes(script, fault, guilty, noted, "--config", config, folder=folder, gpus=gpus) as started:
         for rank, process in enumerate(started):
             if not (fault == "frozen" and rank == guilty):
                 process.wait(timeout=200)
         seconds = time.time() - float(noted.read_text())
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
     return [((folder / f"said{rank}").read_text(), process.returncode) for rank, process in enumerate(started)], seconds
 
 
