@@ -3,8 +3,8 @@
     python -m foxdist.job begin FILE [section.key=value ...]             prints the run folder, and makes it
     python -m foxdist.job end RUN_DIR LOGS STATUS [--told WHAT]          prints what ended the job; STATUS is srun's
 
-`end` has the exit status 0 if the job is to run again, and 1 if not. A job that had to go while its run was not done runs
-again. So does one that lost a rank, as long as it makes progress. An error that all ranks raise would come again.
+`end` has the exit status 0 if the job is to run again, and 1 if not. A job that had to go while its run was not done
+runs again. So does one that lost a rank, as long as it makes progress. An error that all ranks raise would come again.
 `attempts.json` in the run folder remembers how far the run was when its job last started.
 """
 
@@ -21,8 +21,9 @@ from foxdist import config as configuration
 from foxdist import run_folder
 from foxdist.config import Config, ConfigError
 from foxdist.files import replace_text
+from foxdist.stopping import ENDED
+from foxdist.watch import LOST
 
-LOST = os.EX_TEMPFAIL  # the status of training that lost a rank or stood still
 AGAIN = ("SIGUSR1", "time limit")  # of `why` in ended.json: the job had to go, the run is not done
 RETRIES = 3
 SHOWN = 5  # errors of ranks
@@ -90,7 +91,7 @@ def begin(config: Config, restarts: int) -> Path:
 def end(run_dir: Path, status: int, told: str | None, retries: int) -> tuple[bool, str]:
     """Whether the job is to run again, and why. Notes a start that was in vain.
 
-    status: of srun, the highest of the ranks, or 128 + its signal. told: what the batch script itself heard, if anything.
+    status: of srun, the highest of the ranks, or 128 + its signal. told: what the batch script heard, if anything.
     """
     ended = read_ended(run_dir)
     if status == 0 and ended.get("why") in AGAIN:
@@ -135,7 +136,7 @@ def note(run_dir: Path, attempts: Attempts) -> None:
 def read_ended(run_dir: Path) -> dict[str, Any]:
     """What training left if it ended in an orderly way; else nothing. Training deletes it when it starts."""
     try:
-        return json.loads((run_dir / "ended.json").read_text())
+        return json.loads((run_dir / ENDED).read_text())
     except (OSError, ValueError):
         return {}
 

@@ -35,11 +35,12 @@ export MASTER_ADDR MASTER_PORT
 
 # start_ranks LOGS ARGUMENT...: `python ARGUMENT...` on every rank, with a log each. Every rank sees all GPUs of its node
 # and takes its own, as ranks that read each other's memory must. Consecutive ranks share a node: they share sequences.
+# When one ends, the others have a minute: long enough to say what they know of it.
 start_ranks() {
   local logs=$1 options=()
   shift
   if [ "$gpus" -gt 0 ]; then options+=(--gpus-per-node="$gpus" --gpu-bind=none); fi
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$world" --ntasks-per-node="$per_node" --distribution=block \
-    --cpus-per-task="$((cpus > 0 ? cpus : 1))" --kill-on-bad-exit=1 --open-mode=append "${options[@]}" \
+    --cpus-per-task="$((cpus > 0 ? cpus : 1))" --kill-on-bad-exit=0 --wait=60 --open-mode=append "${options[@]}" \
     --output="$logs/rank_%5t.log" "${python[@]}" "$@"
 }

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: munge, one controller and three nodes that are processes here, in a folder of their own.
+"""A real SLURM on this machine: munge, a controller and three nodes that are processes here, in a folder of their own.
 
 Nothing of the machine's own SLURM, if it has one, is touched. Nodes say that they have 8 CPUs and 2 GPUs each, which
 nobody checks: ranks take turns on what there is.

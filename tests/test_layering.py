@@ -90,6 +90,7 @@ ORDER = [
     "verdict",
     "watch",
     "run_folder",
+    "job",
     "metrics",
     "sinks",
     "checkpoint",
