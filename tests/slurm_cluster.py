@@ -4,11 +4,13 @@ Nothing of the machine's own SLURM, if it has one, is touched. Nodes say that th
 nobody checks: ranks take turns on what there is.
 """
 
+import contextlib
 import getpass
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,9 +19,12 @@ import pytest
 
 from foxdist.mesh import free_port
 
+from runs import environment
+
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey")
 NODES = 3
+ROOT = Path(__file__).parent.parent
 CONFIGURATION = """
 ClusterName=foxdist
 SlurmctldHost={host}(127.0.0.1)
@@ -39,8 +44,9 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
-KillWait=30
-UnkillableStepTimeout=90
+KillWait=60
+# On a busy machine: an order that SLURM takes for lost comes again, a minute later, to what then has the same number.
+MessageTimeout=90
 MinJobAge=600
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
 StateSaveLocation={folder}/state
@@ -62,10 +68,10 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         self._daemons: list[subprocess.Popen] = []
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = environment() | {"SLURM_CONF": str(folder / "slurm.conf"), "FOXDIST_PYTHON": sys.executable}
         self._write()
         key, place = folder / "munge.key", folder / "munge"
-        self._call("mungekey", "--create", f"--keyfile={key}")
+        self.call("mungekey", "--create", f"--keyfile={key}")
         files = [f"--{name}-file={place}.{name}" for name in ("pid", "log", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}", *files)
         self._until((folder / "munge.socket").exists, 10)
@@ -94,8 +100,10 @@ class Cluster:
                 subprocess.Popen([_find(program), *arguments], env=self.environment, stdout=log, stderr=log)
             )
 
-    def _call(self, program: str, *arguments: str) -> str:
-        done = subprocess.run([_find(program), *arguments], env=self.environment, capture_output=True, text=True)
+    def call(self, program: str, *arguments: str, **environment: str) -> str:
+        """What a program of SLURM prints. Raises `RuntimeError` with what it says if it fails."""
+        found, variables = _find(program), self.environment | environment
+        done = subprocess.run([found, *arguments], env=variables, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"{program} {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -109,18 +117,16 @@ class Cluster:
             time.sleep(0.05)
 
     def _idle(self) -> int:
-        done = subprocess.run(
-            ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=self.environment, capture_output=True, text=True
-        )
-        return int(done.stdout or 0)
+        try:
+            return int(self.call("sinfo", "-h", "-t", "idle", "-o", "%D") or 0)
+        except RuntimeError:  # not up yet
+            return 0
 
     def close(self) -> None:
         """Cancels all jobs, and ends all daemons."""
-        try:
-            subprocess.run(["scancel", "--user", getpass.getuser()], env=self.environment, timeout=20)
-            self._until(lambda: not self._call("squeue", "-h"), 45)
-        except (RuntimeError, subprocess.TimeoutExpired):
-            pass  # what follows ends them, too
+        with contextlib.suppress(RuntimeError):  # what follows ends them, too
+            self.call("scancel", "--user", getpass.getuser())
+            self._until(lambda: not self.call("squeue", "-h"), 100)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
@@ -156,9 +162,9 @@ def install() -> None:
         pytest.skip(f"NOTHING OF SLURM IS TESTED: {', '.join(missing)} not installed, and {why}")
 
 
-@pytest.fixture(scope="session")
-def cluster():
-    """A running cluster of three nodes, node1 to node3."""
+@contextlib.contextmanager
+def running():
+    """A cluster of three nodes, node1 to node3, installed if need be."""
     install()
     folder = Path(tempfile.mkdtemp(prefix="foxdist-slurm-"))
     cluster = Cluster(folder)
