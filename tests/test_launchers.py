@@ -119,7 +119,7 @@ def test_wrong_options_are_named(variables, arguments, words):
 
 def test_scripts_are_clean():
     """By shellcheck."""
-    shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     folders = (LAUNCH, LAUNCH.with_name("slurm"))
     scripts = [
         path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".sh", ".sbatch", ".env")
