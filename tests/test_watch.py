@@ -1,6 +1,7 @@
 """A rank that dies, stalls, fails or plans differently ends every rank, with the right words; and the run goes on."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ from foxdist.progress import Place
 from foxdist.verdict import HANG, SUSPECT, Heard, Word, judge, longest_step, word_at
 from foxdist.watch import LOST
 
-from runs import go, losses, processes, tree, write_data, write_yaml
+from runs import TRAIN, go, losses, processes, tree, write_data, write_yaml
 
+SCRIPT = Path(__file__).with_name("faulty.py")
 TIMEOUT = 12.0  # seconds; a step takes a tenth of one
 LATE = 30.0  # seconds that the ranks may take to notice, to speak and to end, on a busy machine
 
@@ -39,8 +41,7 @@ def whole(ranks, data, tmp_path_factory):
 def run_with(fault, guilty, values, folder, gpus="", size=2):
     """What each rank said and how it ended, and in how many seconds. No launcher stands between them."""
     config, noted = write_yaml(folder, values), folder / "fault"
-    script = Path(__file__).with_name("faulty.py")
-    with processes(script, fault, guilty, noted, "--config", config, folder=folder, gpus=gpus, size=size) as started:
+    with processes(SCRIPT, fault, guilty, noted, "--config", config, folder=folder, gpus=gpus, size=size) as started:
         for rank, process in enumerate(started):
             if not (fault == "frozen" and rank == guilty):
                 process.wait(timeout=200)
@@ -100,6 +101,30 @@ def test_every_rank_ends_and_the_run_goes_on(ranks, data, tmp_path, whole, fault
     if (fault, guilty) in RESUMED:
         assert "after step 4" in ranks(2, go, values)[0]
         assert losses(tmp_path / "run") == whole
+
+
+def test_what_killed_jobs_leave_on_a_node_blocks_nobody(ranks, data, tmp_path, whole):
+    """SIGKILL of every process, as SLURM does: of those, too, that would remove names of shared memory. The same run
+    goes on there, beside another job."""
+    values = settings(data, tmp_path / "run")
+    values["data"]["workers"] = 1
+    names = set(os.listdir("/dev/shm"))
+    config, noted = write_yaml(tmp_path, values), tmp_path / "fault"
+    with processes(SCRIPT, "asleep", 1, noted, "--config", config, folder=tmp_path) as started:
+        while not noted.exists():
+            assert started[1].poll() is None
+            time.sleep(0.1)
+        os.killpg(started[0].pid, signal.SIGKILL)
+    assert set(os.listdir("/dev/shm")) - names, "nothing was left, so nothing is tested"
+    (tmp_path / "beside").mkdir()
+    beside = write_yaml(tmp_path / "beside", settings(data, tmp_path / "beside" / "run"))
+    with (
+        processes(TRAIN, "--config", config, folder=tmp_path) as same,
+        processes(TRAIN, "--config", beside, folder=tmp_path / "beside") as other,
+    ):
+        assert [p.wait(timeout=200) for p in (*same, *other)] == [0] * 4, (tmp_path / "said0").read_text()
+    assert "after step 4" in (tmp_path / "said0").read_text()
+    assert losses(tmp_path / "run") == losses(tmp_path / "beside" / "run") == whole
 
 
 def test_a_rank_without_others_is_watched_too(data, tmp_path):
