@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from foxdist import checkpoint, stopping
+from foxdist import checkpoint, sinks, stopping
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
 from foxdist.progress import Place, progress
+from foxdist.sinks import Sinks
 from foxdist.stopping import ECHO, MARGIN, Listener, Stop, live_as_long_as_the_parent
 
 from runs import go, losses, processes, tree, write_data, write_yaml
@@ -207,6 +208,25 @@ def test_a_signal_while_python_starts_is_held(data, tmp_path):
 def _blocked(pid):
     line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("SigBlk"))
     return {number for number in signal.Signals if int(line.split()[1], 16) >> (number - 1) & 1}
+
+
+@pytest.mark.parametrize(
+    "ended, expected",
+    [("done", ["finish 0"]), ("SIGUSR1", ["preempting", "finish 1"]), ("", ["finish 1"])],
+)
+def test_wandb_hears_how_it_ended(data, tmp_path, monkeypatch, ended, expected):
+    called = []
+
+    class Wandb:
+        def mark_preempting(self):
+            called.append("preempting")
+
+        def finish(self, exit_code):
+            called.append(f"finish {exit_code}")
+
+    monkeypatch.setattr(sinks, "_start_wandb", lambda config: Wandb())
+    Sinks(configuration.parse(tree(data, tmp_path, metrics__wandb="offline")), 0).close(ended)
+    assert called == expected
 
 
 # ---- the time limit
