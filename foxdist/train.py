@@ -119,8 +119,8 @@ def _run(chosen: argparse.Namespace, listener: Listener) -> int:
         check_before_start(config, meshes.world_from_environment())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        with Watch(mesh, config.parallel.timeout_minutes, alike=(ConfigError, GuardError)):
-            train(build(config, mesh, Stop(listener)))
+        with Watch(mesh, config, alike=(ConfigError, GuardError)) as watch:
+            train(build(config, mesh, Stop(listener), watch))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
     except GuardError as error:
@@ -185,12 +185,16 @@ def check_machine(config: Config) -> None:
             raise ConfigError(f"model.{error}") from error
 
 
-def build(config: Config, mesh: Mesh, stop: Stop | None = None) -> Run:
-    """Model, engine and data, restored from the newest checkpoint if there is one. stop: default, one that hears no
-    signals."""
+def build(config: Config, mesh: Mesh, stop: Stop | None = None, watch: Watch | None = None) -> Run:
+    """Model, engine and data, restored from the newest checkpoint if there is one.
+
+    stop: default, one that hears no signals. watch: is told when the run folder is this job's.
+    """
     config, stop = settle(config, mesh), stop or Stop()
     lock = meshes.on_rank_0(lambda: run_folder.take(config))
     meshes.on_rank_0(lambda: stop.take(config.train.run_dir))
+    if watch:
+        watch.leave_traces()
     trainer = make_trainer(make_model(config, mesh), config, mesh)
     per_group = config.train.micro_batch * trainer.accumulation
     loader = Loader(

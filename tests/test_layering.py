@@ -88,6 +88,7 @@ ORDER = [
     "clock",
     "guard",
     "verdict",
+    "heartbeat",
     "watch",
     "run_folder",
     "job",

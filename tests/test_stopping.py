@@ -1,20 +1,23 @@
 """A run that a signal or the time limit stops: all ranks at one step, saved, status 0, and the same losses after."""
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from foxdist import checkpoint, stopping
+from foxdist import checkpoint, sinks, stopping
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
 from foxdist.progress import Place, progress
-from foxdist.stopping import ECHO, MARGIN, Listener, Stop
+from foxdist.sinks import Sinks
+from foxdist.stopping import ECHO, MARGIN, Listener, Stop, live_as_long_as_the_parent
 
 from runs import go, losses, processes, tree, write_data, write_yaml
 
@@ -121,9 +124,7 @@ def test_an_ended_run_says_so_again(ranks, data, whole):
 
 def test_a_signal_to_every_process_of_the_job_ends_it_in_order(ranks, data, tmp_path, whole):
     """Ranks and data workers: nobody dies before the step is made and saved, and nobody is left."""
-    values = settings(data, tmp_path / "run")
-    values["metrics"]["wandb"] = "offline"
-    config = write_yaml(tmp_path, values)
+    config = write_yaml(tmp_path, settings(data, tmp_path / "run"))
     with processes(SCRIPT, "whole job", tmp_path / "-", "--config", config, folder=tmp_path) as started:
         group = started[0].pid
         assert [p.wait(timeout=120) for p in started] == [0, 0], (tmp_path / "said0").read_text()
@@ -133,8 +134,32 @@ def test_a_signal_to_every_process_of_the_job_ends_it_in_order(ranks, data, tmp_
     assert "stopped after step 6 of 10: SIGTERM; the same command goes on" in said
     assert "Traceback" not in said + (tmp_path / "said1").read_text()
     assert steps_saved(tmp_path / "run") == [4, 6]
-    ranks(2, go, values)
+    ranks(2, go, settings(data, tmp_path / "run"))
     assert losses(tmp_path / "run") == whole[0]
+
+
+def test_a_data_worker_ends_with_its_parent_alone():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def work():
+        live_as_long_as_the_parent(0)
+        ready.set()
+        time.sleep(60)
+
+    worker = context.Process(target=work)
+    worker.start()
+    try:
+        assert ready.wait(10)
+        for name in ("TERM", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        worker.join(0.5)
+        assert worker.is_alive()
+        worker.terminate()
+        worker.join(5)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
 
 
 def _group(process):
@@ -152,6 +177,9 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
         while not (tmp_path / "asleep").exists() and time.time() < end:
             time.sleep(0.1)
         time.sleep(1)  # rank 0 waits
+        for process in started:
+            listens = {c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"}
+            assert not listens & {"0.0.0.0", "::"}, "on every interface"
         for _ in range(2):
             for process in started:
                 process.send_signal(signal.SIGTERM)
@@ -182,20 +210,61 @@ def _blocked(pid):
     return {number for number in signal.Signals if int(line.split()[1], 16) >> (number - 1) & 1}
 
 
+@pytest.mark.parametrize(
+    "ended, expected",
+    [("done", ["finish 0"]), ("SIGUSR1", ["preempting", "finish 1"]), ("", ["finish 1"])],
+)
+def test_wandb_hears_how_it_ended(data, tmp_path, monkeypatch, ended, expected):
+    called = []
+
+    class Wandb:
+        def mark_preempting(self):
+            called.append("preempting")
+
+        def finish(self, exit_code):
+            called.append(f"finish {exit_code}")
+
+    monkeypatch.setattr(sinks, "_start_wandb", lambda config: Wandb())
+    Sinks(configuration.parse(tree(data, tmp_path, metrics__wandb="offline")), 0).close(ended)
+    assert called == expected
+
+
 # ---- the time limit
 
 
 def test_the_time_limit_ends_the_run_in_time(data, tmp_path):
-    """It takes longer than two seconds to start: less than the margin is left when the first step is made."""
-    end = time.time() + MARGIN + 2
-    config = write_yaml(tmp_path, settings(data, tmp_path / "run"))
-    with processes(
-        training.__file__, "--config", config, folder=tmp_path, FOXDIST_END_TIME=f"{end:.0f}", SLURM_JOB_ID="77"
-    ) as started:
-        assert [p.wait(timeout=120) for p in started] == [0, 0], (tmp_path / "said0").read_text()
+    """It takes longer than two seconds to start: less than the margin is left when the first step is made.
+
+    Nothing of it shows the key of W&B, which is in the environment.
+    """
+    key = "0123456789abcdef" * 5
+    values = settings(data, tmp_path / "run")
+    values["metrics"]["wandb"] = "offline"
+    config = write_yaml(tmp_path, values)
+    more = {"FOXDIST_END_TIME": f"{time.time() + MARGIN + 2:.0f}", "SLURM_JOB_ID": "77", "WANDB_API_KEY": key}
+    seen = set()
+    with processes(training.__file__, "--config", config, folder=tmp_path, **more) as started:
+        while started[0].poll() is None:
+            seen |= _commands(started[0].pid)
+            time.sleep(0.1)
+        assert [p.wait(timeout=60) for p in started] == [0, 0], (tmp_path / "said0").read_text()
+    assert any("wandb" in command for command in seen)
+    assert not any(key in command for command in seen)
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in written)
+    assert not [p for p in written if key.encode() in p.read_bytes()]
     found = note(tmp_path / "run")
     assert (found["step"], found["why"], found["job"]) == (1, "time limit", "77")
     assert steps_saved(tmp_path / "run") == [1]
+
+
+def _commands(pid):
+    """The command lines of a process and all that it started."""
+    try:
+        process = psutil.Process(pid)
+        return {" ".join(p.cmdline()) for p in (process, *process.children(recursive=True))}
+    except psutil.NoSuchProcess:
+        return set()
 
 
 @pytest.fixture
