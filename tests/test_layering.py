@@ -113,6 +113,7 @@ ORDER = [
     "bench.kernels",
     "bench.record",
     "bench.train_report",
+    "bench.scaling",
     "bench.cells",
     "bench.train",
     "bench.tune",

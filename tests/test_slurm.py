@@ -2,8 +2,10 @@
 that nothing happened to. The ranks of a node are processes here, and take turns on this machine's cores."""
 
 import contextlib
+import json
 import math
 import re
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runs import TRAIN, losses, rows, write_texts
-from slurm_cluster import running
+from runs import TRAIN, losses, rows, tree, write_texts, write_yaml
+from slurm_cluster import ROOT, running
 
 STEPS, EVERY = 50, 7
 QUICKSTART_MADE_TINY = {
@@ -71,12 +73,16 @@ def wait_until(condition, job):
     return time.monotonic() - begun
 
 
-def pretrain(cluster, data, run_dir, *options, log=None, **changes):
+def arguments(data, run_dir, **changes):
+    """Of pretrain.sbatch: the quickstart's configuration made tiny; `changes` are section__key=value."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     values = QUICKSTART_MADE_TINY | {"data.path": data, "train.run_dir": run_dir} | changes
-    overrides = [f"{key}={value}" for key, value in values.items()]
-    log = log or run_dir.with_suffix(".log")
-    return Job(cluster, log, "pretrain.sbatch", "configs/quickstart.yaml", *overrides, options=options)
+    return ["configs/quickstart.yaml", *(f"{key}={value}" for key, value in values.items())]
+
+
+def pretrain(cluster, data, run_dir, *options, **changes):
+    given = arguments(data, run_dir, **changes)
+    return Job(cluster, run_dir.with_suffix(".log"), "pretrain.sbatch", *given, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +291,71 @@ def test_a_job_from_another_folder_says_where_to_go(cluster, place):
     job = Job(cluster, place / "folder.log", "pretrain.sbatch", options=["--chdir=/", "--nodes=1"])
     assert job.wait() == "FAILED"
     assert job.said().startswith("error: /: holds no slurm/ranks.sh; must be the top folder of foxdist")
+
+
+def check(cluster, *options):
+    """launch/check.sh: exit status, and what it said."""
+    done = subprocess.run(
+        ["bash", "launch/check.sh", *map(str, options)],
+        env=cluster.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_login_node_finds_mistakes_before_there_is_a_job(cluster, data, place):
+    jobs = cluster.call("squeue", "--noheader", "--states=all")
+    good = arguments(data, place / "checked")
+    status, said = check(cluster, "--nodes=2", "--gpus-per-node=2", *good)
+    assert status == 0, said
+    assert "4 ranks = dp 2 x cp 2" in said
+    assert "in partition main" in said, "SLURM was asked"
+    assert said.endswith("nothing is wrong\n")
+    status, said = check(
+        cluster, "--nodes=2", "--gpus-per-node=3", "--partition=nowhere", *arguments("/nowhere", place)
+    )
+    assert status == 1
+    assert "error: data.path=/nowhere: no such folder" in said
+    assert "invalid partition specified: nowhere" in said
+    status, said = check(cluster, "--nodes=3", "--ntasks-per-node=1", *good)
+    assert status == 2
+    assert "error: parallel.cp=2: does not divide the 3 ranks" in said
+    status, said = check(cluster, "--nodes=4", "--gpus-per-node=2", *good)
+    assert status == 1
+    assert "Node count specification invalid" in said or "not available" in said, said
+    assert check(cluster, "-N", "4", *good) == (
+        2,
+        "error: -N: not understood; must be --name=value; write --nodes=4, not -N 4\n",
+    )
+    assert cluster.call("squeue", "--noheader", "--states=all") == jobs
+    assert not (place / "checked").exists()
+
+
+# ---- the scaling experiment
+
+
+def test_scaling_ends_in_a_table_and_a_picture(cluster, place):
+    """Two GPUs of a node, one node and two; the last job waits for the others. What is there is not measured again."""
+    model = write_yaml(place, tree("nowhere", "nowhere", model__heads=4))
+    command = ["bash", "slurm/scaling.sbatch", "--gpus", "2 4", "--lengths", "512 1024", "--output", place / "scaling"]
+    command += ["--models", model, "--steps", "1", "--warmup", "1", "--gates", "initial"]
+    environment = cluster.environment | {"FOXDIST_GPUS_PER_NODE": "2"}
+    said = subprocess.run(
+        map(str, command), env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    *arrays, last = re.findall(r"\d+", said.partition(" for ")[0])
+    assert len(arrays) == 2
+    table = place / "scaling" / "table.md"
+    log = place / "scaling" / f"job-table-{last}.log"
+    end = time.monotonic() + 2 * PATIENCE
+    while last in cluster.call("squeue", "--noheader", "--format=%i"):
+        assert time.monotonic() < end, cluster.call("squeue")
+        time.sleep(0.2)
+    assert log.read_text() == table.read_text(), log.read_text()
+    found = json.loads((place / "scaling" / "scaling.json").read_text())["rows"]
+    points = {(row["gpus"], row["tokens"], row["acp"]) for row in found if row["failed"] is None}
+    # 512 tokens are less than two chunks of a block for each of four GPUs.
+    assert points == {(gpus, tokens, acp) for gpus, tokens in ((2, 512), (2, 1024), (4, 1024)) for acp in ("on", "off")}
+    assert (place / "scaling" / "scaling.png").stat().st_size > 10_000
