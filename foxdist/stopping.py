@@ -122,20 +122,19 @@ class Stop:
 
     The rule of the time limit: the run stops when the time left is less than twice the last saving, twice the longest
     of the last steps (progress.py) and `margin` seconds together. Rank 0 looks, at the end of each step; a job makes at
-    least one.
+    least one. end: `end_time`.
     """
 
-    def __init__(self, listener: Listener | None = None, margin: float = MARGIN):
+    def __init__(self, listener: Listener | None = None, end: float | None = None, margin: float = MARGIN):
         self.why = ""
         """One of `REASONS`, the same on all ranks; empty as long as the run goes on."""
-        self._listener, self._margin = listener, margin
+        self._listener, self._end, self._margin = listener, end, margin
         self._folder: Path | None = None
         self._saved_seconds: float | None = None
-        self._end: float | None = None
 
     def take(self, run_dir: Path) -> None:
         """For rank 0, once the run folder is this job's: from here on the run has not ended."""
-        self._folder, self._end = run_dir, end_time()
+        self._folder = run_dir
         (run_dir / ENDED).unlink(missing_ok=True)
         try:
             self._saved_seconds = float((run_dir / SAVED_SECONDS).read_text())
@@ -181,7 +180,7 @@ class Stop:
             replace_text(self._folder / ENDED, json.dumps(values) + "\n")
 
     def _late(self) -> bool:
-        if self._end is None or not progress.host.step:
+        if self._end is None or not self._folder or not progress.host.step:
             return False
         needed = 2 * (self._saved_seconds or 0.0) + 2 * max(progress.steps, default=0.0) + self._margin
         return self._end - time.time() < needed

@@ -117,10 +117,11 @@ def _run(chosen: argparse.Namespace, listener: Listener) -> int:
             check_run(config, world)
             return 0
         check_before_start(config, meshes.world_from_environment())
+        stop = Stop(listener, end_time())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
         with Watch(mesh, config, alike=(ConfigError, GuardError)) as watch:
-            train(build(config, mesh, Stop(listener), watch))
+            train(build(config, mesh, stop, watch))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
     except GuardError as error:
@@ -160,7 +161,6 @@ def check_run(config: Config, world: int) -> None:
         )
     steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
     check_wandb(config)
-    end_time()
     run_folder.check(config)
 
 
@@ -304,7 +304,7 @@ def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, to
     """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
 
     The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
-    and where DeepSpeed's gradient norm is looked at after it.
+    and where DeepSpeed's gradient norm and the votes on stopping are looked at after it.
     """
     config, mesh, engine = run.config, run.mesh, run.engine
     progress.begin(run.step + 1)

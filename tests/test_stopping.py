@@ -269,22 +269,20 @@ def _commands(pid):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Steps that took 1, 5 and 2 seconds, and `clock(at)`, which says what time it is."""
+    """Steps that took 1, 5 and 2 seconds, and `clock(now)`, which sets the time."""
     monkeypatch.setattr(progress, "host", Place(step=8))
     monkeypatch.setattr(progress, "steps", [1.0, 5.0, 2.0])
 
     def at(now):
         monkeypatch.setattr(stopping.time, "time", lambda: now)
 
-    at(500.0)
-    monkeypatch.setenv("FOXDIST_END_TIME", "1000")
     return at
 
 
 @pytest.mark.parametrize("saving, enough", [("", 3 + 10), ("20.5\n", 3 + 10 + 41), ("broken", 3 + 10)])
 def test_how_much_time_must_be_left(tmp_path, clock, saving, enough):
     (tmp_path / "saved_seconds").write_text(saving)
-    stop = Stop(margin=3.0)
+    stop = Stop(end=1000.0, margin=3.0)
     stop.take(tmp_path)
     clock(1000.0 - enough - 0.1)
     assert stop.votes() == [0, 0, 0]
@@ -295,7 +293,7 @@ def test_how_much_time_must_be_left(tmp_path, clock, saving, enough):
 
 
 def test_a_new_saving_counts_and_ranks_other_than_0_do_not_look(tmp_path, clock):
-    stop, other = Stop(margin=3.0), Stop(margin=3.0)
+    stop, other = Stop(end=1000.0, margin=3.0), Stop(end=1000.0, margin=3.0)
     stop.take(tmp_path)
     clock(1000.0 - 100)
     assert stop.votes() == [0, 0, 0]
@@ -303,7 +301,7 @@ def test_a_new_saving_counts_and_ranks_other_than_0_do_not_look(tmp_path, clock)
     other.saved(50.0)
     assert stop.votes() == [0, 0, 1]
     assert other.votes() == [0, 0, 0]
-    again = Stop(margin=3.0)
+    again = Stop(end=1000.0, margin=3.0)
     again.take(tmp_path)
     assert again.votes() == [0, 0, 1], "remembered by the next job"
 
