@@ -35,6 +35,7 @@ from foxdist.attention.exchange import resolve
 from foxdist.attention.predict import choose_layout
 from foxdist.check import describe
 from foxdist.clock import Clock
+from foxdist.compiling import compile_blocks
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, Loader, steps_per_epoch
@@ -228,8 +229,7 @@ def make_trainer(model: FoX, config: Config, mesh: Mesh) -> Trainer:
     _, accumulation = configuration.check_world(config, mesh.world)
     engine = make_engine(model, make_optimizer(model, config.optim, mesh.device), config, accumulation)
     if config.train.compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True)  # in place: parameters keep their names, so checkpoints stay the same
+        compile_blocks(model)
     return Trainer(config, mesh, accumulation, model, engine, Guard(model, mesh.device), Clock(mesh.device))
 
 

@@ -36,7 +36,9 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # Stage 1 adds each gradient to its float32 sum as soon as it is made, and lets go of it: else all of them stay
+        # beside the sums (1.4 GiB of 760M).
+        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": config.parallel.zero},
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own is compiled at first use (minutes)

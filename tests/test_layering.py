@@ -75,6 +75,7 @@ ORDER = [
     "layer",
     "model",
     "optim",
+    "compiling",
     "zero",
     "data.streaming_import",
     "data.tokenizer",
