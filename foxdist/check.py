@@ -8,7 +8,7 @@ from foxdist.model import flops_per_token, parameter_count
 GIB = 2**30
 # Bytes a token that a block's backward needs, (for each hidden dimension, for each of the MLP's), by `train.compile`.
 # Eager: counted from the operations; a FoX (Pro) 125M in bf16 at 8,192 tokens a rank measured 7.1 GiB where this gives
-# 7.4. Compiled: see foxdist/compiling.py; a 760M at 16,384 tokens measured 16.7 GiB with the head's where this gives 15.4.
+# 7.4. Compiled: see foxdist/compiling.py; a 760M at 16,384 tokens measured 16.7 GiB, with its head, for 15.4 here.
 KEPT_BYTES = {
     ("pro", "bf16"): {False: (76, 12), True: (18, 4)},
     ("pro", "fp32"): {False: (100, 24), True: (36, 8)},

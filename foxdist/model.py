@@ -62,9 +62,7 @@ class Block(nn.Module):
             preserve_rng_state=False,  # no dropout
         )
 
-    def _layer(
-        self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Counted]:
+    def _layer(self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None) -> tuple[torch.Tensor, Counted]:
         y, counted = self.attention(self.attention_norm(x), starts, where)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), counted

@@ -111,7 +111,10 @@ def two_steps(fox, run, data):
             loss = run(*data)
             loss.backward()
     taken = [layer.meter.take() for layer in fox.attention_layers()]
-    counts = [(c.calls, c.kept_by_head.tolist(), c.causal_by_head, c.query_blocks, c.traffic) for c in taken]
+    counts = [
+        (c.calls, c.kept_by_head.tolist(), c.needed_by_head.tolist(), c.causal_by_head, c.query_blocks, c.traffic)
+        for c in taken
+    ]
     return loss.detach(), {n: p.grad.clone() for n, p in fox.named_parameters()}, work, counts
 
 
