@@ -101,6 +101,8 @@ class Parallel(Section):
     """False waits for every exchange where it is posted, for debugging. The results are the same bits."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A rank that waits for others longer than this, or stays at one place of a step, ends the job (watch.py)."""
+    hang_factor: float = Field(10.0, ge=0)
+    """A step of so many times the median of the last ones ends the job, once it has taken two minutes. 0: never."""
     checksum_every: int = Field(100, ge=0)
     """Steps between comparisons of the ranks' plans. A difference ends the run before the update. 0: never."""
 
@@ -182,6 +184,7 @@ class Config(Section):
         _check_model(self.model)
         _check_sequence(self)
         _check_length(self)
+        _check_hang_factor(self.parallel.hang_factor)
         _check_compile(self)
         return self
 
@@ -294,6 +297,14 @@ def _check_length(config: Config) -> None:
         )
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}; must be at most that; lower it")
+
+
+def _check_hang_factor(factor: float) -> None:
+    if 0 < factor < 2:
+        raise ConfigError(
+            f"parallel.hang_factor={factor:g}: would end the job at a step like others; must be 0 (never) or at least "
+            "2; raise it"
+        )
 
 
 def _check_compile(config: Config) -> None:

@@ -34,11 +34,12 @@ def hold(path: Path) -> TextIO:
     return file
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a small file in one go, and on disk before this returns."""
+def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replaces a small file in one go. durable: it is on disk before this returns."""
     new = path.with_name(path.name + ".new")
     with new.open("w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     new.replace(path)

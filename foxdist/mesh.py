@@ -8,8 +8,14 @@ wherever cp allows, and mosaicml-streaming's `replication` asks for the same ord
 | cp | r // cp equal | attention's exchange, K/V shift |
 | dp | r % cp equal | the data each group reads |
 | world | all | gradients and ZeRO, the loss, checkpoints |
+
+What listens on the network while a job runs: the store where ranks meet, at MASTER_ADDR alone (torchrun hosts its own,
+on every interface), and the connections of gloo and NCCL, on the interfaces that GLOO_SOCKET_IFNAME and
+NCCL_SOCKET_IFNAME name. None of them asks who calls: the network between the hosts must be the cluster's own.
 """
 
+import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Callable
@@ -75,12 +81,13 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
         try:
             dist.init_process_group(
                 "nccl" if gpu else "gloo",
+                store=_store(rank, world, timeout),
                 rank=rank,
                 world_size=world,
                 timeout=timeout,
                 device_id=device if gpu else None,
             )
-        except dist.DistNetworkError as error:
+        except (dist.DistNetworkError, OSError) as error:
             raise ConfigError(
                 f"MASTER_PORT={os.environ['MASTER_PORT']}: ranks cannot meet at {os.environ['MASTER_ADDR']} ({error}); "
                 "must be a port that no other job uses; choose another (deepspeed --master_port N, torchrun "
@@ -161,6 +168,44 @@ def _urgent(timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
     return options
+
+
+def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
+    """Where ranks meet: a store that rank 0 hosts at MASTER_ADDR; None if torchrun hosts one.
+
+    torch itself would let it listen on every interface.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = None
+    if rank == 0:
+        listening = listen(host, port, one_host=int(os.environ["LOCAL_WORLD_SIZE"]) == world)
+    return dist.TCPStore(
+        host,
+        port,
+        world,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=listening.detach() if listening else None,
+    )
+
+
+def listen(host: str, port: int, *, one_host: bool) -> socket.socket:
+    """Listens at the address of `host` alone. one_host: no other host has ranks.
+
+    At every address where that one is not for others: a name that means this host's loopback here (as Debian's own name
+    does), or an address that is translated on the way. Raises `OSError` if the port is taken.
+    """
+    found = sorted(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), key=lambda found: found[0])  # IPv4 first
+    family, *_, address = found[0]
+    if one_host or not ipaddress.ip_address(address[0]).is_loopback:
+        try:
+            return socket.create_server(address[:2], family=family, backlog=2048)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    return socket.create_server(("", port), family=family, backlog=2048)
 
 
 def _gpu(local_rank: int) -> torch.device:

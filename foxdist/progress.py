@@ -6,6 +6,7 @@ device is at the first exchange whose second event has not come, or before it if
 """
 
 import hashlib
+import time
 from collections import deque
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -28,6 +29,7 @@ class OnItsWay(Protocol):
 
 
 AHEAD = 4096  # exchanges that a host may be ahead of its device; what is further back is forgotten
+LAST = 32  # steps whose time is remembered
 
 
 class Place(NamedTuple):
@@ -80,10 +82,15 @@ class Progress:
         self.host = Place()
         self.on_device: deque[tuple[Place, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=AHEAD)
         """Exchanges that the host is done with and the device may not be, oldest first."""
+        self.begun: float | None = None
+        """When the step at hand began, by `time.monotonic`; None outside of steps (saving, logging, the start)."""
+        self.steps: deque[float] = deque(maxlen=LAST)
+        """Seconds of the last steps, but for the first of the process, which compiles."""
         self._plans: dict[int, tuple[int, OnItsWay]] = {}
 
     def begin(self, step: int) -> None:
         """Step `step` begins; it loads data first, which may take its time."""
+        self.begun = time.monotonic()
         entered, _ = self.host.order
         self.host = Place((entered + 1, 0), step, "data", warm=self.host.step > 0)
 
@@ -93,6 +100,13 @@ class Progress:
             return
         here = self.host
         self.host = Place((here.order[0] + 1, 0), here.step, part, layer, timed=timed and here.warm, warm=here.warm)
+
+    def end(self) -> None:
+        """The step is made; until the next one begins nothing is timed."""
+        if self.begun is not None and self.host.warm:
+            self.steps.append(time.monotonic() - self.begun)
+        self.begun = None
+        self.enter("after the step", timed=False)
 
     def enter_backward(self, layer: int, out: torch.Tensor) -> None:
         """Enters the backward of `layer` when the gradient of its output is there."""

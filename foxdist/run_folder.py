@@ -16,6 +16,7 @@ CHANGEABLE = {
     "model.backend",
     "parallel.checksum_every",
     "parallel.cp",
+    "parallel.hang_factor",
     "parallel.layout",
     "parallel.overlap",
     "parallel.schedule",

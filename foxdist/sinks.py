@@ -53,12 +53,16 @@ class Sinks:
         else:
             self._progress.update(self._progress.task_ids[0], completed=step, description=_short(values))
 
-    def close(self) -> None:
+    def close(self, ended: str) -> None:
+        """ended: `done`, why the run stopped early, or nothing after an error. W&B shows it as finished, preempted or
+        failed: it knows a preempted run by a status other than 0."""
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            if ended not in ("", "done"):
+                self._wandb.mark_preempting()
+            self._wandb.finish(exit_code=0 if ended == "done" else 1)
 
 
 def _console(config: Config, first_step: int) -> Progress | None:

@@ -6,25 +6,28 @@
 One rank or many, CPU or GPU, the file and its options are the same. Running the same command again continues the run.
 `--check` prints what would run, with its arithmetic, and stops.
 
-Exit status: 2 for a mistake in the configuration, 1 for numbers that must not go on and for errors of our own, 75 for a
-rank or store that was lost (watch.py), 130 if interrupted.
+Exit status: 0 at the end, or where a signal or the time limit stopped the run (stopping.py); 2 for a mistake in the
+configuration, 1 for numbers that must not go on and for errors of our own, 75 for a rank or store that was lost
+(watch.py), 130 if interrupted.
 """
 
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
-
-import torch
-import torch.distributed as dist
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, which the interpreter put there: foxdist's modules are not top-level modules
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))  # held until stopping.py listens
+
+import torch
+import torch.distributed as dist
 
 from foxdist import checkpoint, log, run_folder
 from foxdist import config as configuration
@@ -50,6 +53,7 @@ from foxdist.optim import learning_rate, make_optimizer
 from foxdist.options import positive
 from foxdist.progress import progress
 from foxdist.sinks import Sinks, check_wandb
+from foxdist.stopping import Listener, Stop, end_time
 from foxdist.watch import Watch
 from foxdist.zero import make_engine, set_learning_rate
 
@@ -67,6 +71,7 @@ class Trainer:
     engine: Any
     guard: Guard
     clock: Clock
+    stop: Stop = field(default_factory=Stop)
     step: int = 0
 
 
@@ -96,16 +101,22 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.world and not chosen.check:
         parser.error("--world goes with --check; the launcher decides how many ranks train")
+    with Listener() as listener:
+        return _run(chosen, listener)
+
+
+def _run(chosen: argparse.Namespace, listener: Listener) -> int:
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         if chosen.check:
             print(describe(config, chosen.world or max(meshes.world_from_environment(), config.parallel.cp)))
             return 0
         check_before_start(config, meshes.world_from_environment())
+        stop = Stop(listener, end_time())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        with Watch(mesh, config.parallel.timeout_minutes, alike=(ConfigError, GuardError)):
-            train(build(config, mesh))
+        with Watch(mesh, config, alike=(ConfigError, GuardError)) as watch:
+            train(build(config, mesh, stop, watch))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
     except GuardError as error:
@@ -164,10 +175,16 @@ def check_machine(config: Config) -> None:
             raise ConfigError(f"model.{error}") from error
 
 
-def build(config: Config, mesh: Mesh) -> Run:
-    """Model, engine and data, restored from the newest checkpoint if there is one."""
-    config = settle(config, mesh)
+def build(config: Config, mesh: Mesh, stop: Stop | None = None, watch: Watch | None = None) -> Run:
+    """Model, engine and data, restored from the newest checkpoint if there is one.
+
+    stop: default, one that hears no signals. watch: is told when the run folder is this job's.
+    """
+    config, stop = settle(config, mesh), stop or Stop()
     lock = meshes.on_rank_0(lambda: run_folder.take(config))
+    meshes.on_rank_0(lambda: stop.take(config.train.run_dir))
+    if watch:
+        watch.leave_traces()
     trainer = make_trainer(make_model(config, mesh), config, mesh)
     per_group = config.train.micro_batch * trainer.accumulation
     loader = Loader(
@@ -180,7 +197,7 @@ def build(config: Config, mesh: Mesh) -> Run:
         seed=config.train.seed,
         workers=config.data.workers,
     )
-    result = Run(**vars(trainer), loader=loader, lock=lock)
+    result = Run(**vars(trainer) | {"stop": stop}, loader=loader, lock=lock)
     folder = run_folder.checkpoints(config.train.run_dir)
     saved = checkpoint.load(result.engine, folder, mesh, stage=config.parallel.zero)
     if saved:
@@ -234,44 +251,49 @@ def make_trainer(model: FoX, config: Config, mesh: Mesh) -> Trainer:
 
 
 def train(run: Run) -> None:
+    """To the last step, or to where the run stops early; and says which."""
+    folder, total = run.config.train.run_dir, run.config.total_steps
+    run.stop.agree(run.mesh)
+    if run.step >= total:
+        log.log.info("%s has reached step %d of %d; nothing to do (train.steps=N goes on)", folder, run.step, total)
+    elif not run.stop.why:
+        make_steps(run)
+    if run.step < total:
+        log.log.info("stopped after step %d of %d: %s; the same command goes on", run.step, total, run.stop.why)
+    run.stop.ended(run.step, total)
+
+
+def make_steps(run: Run) -> None:
     """The loop: a step, now and then a log entry, now and then a checkpoint."""
     config, first = run.config, run.step
-    if first >= config.total_steps:
-        log.log.info(
-            "%s has reached step %d of %d; nothing to do (train.steps=N goes on)",
-            config.train.run_dir,
-            first,
-            config.total_steps,
-        )
-        return
     meshes.on_rank_0(lambda: run_folder.record(config))
     sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
     logged, since = first, time.perf_counter()
+    ended = ""
     try:
-        while run.step < config.total_steps:
+        while run.step < config.total_steps and not run.stop.why:
             loss, targets = train_step(run, batches)
-            progress.enter("after the step", timed=False)
-            if run.step in (first + 1, config.total_steps) or run.step % config.metrics.every == 0:
+            progress.end()
+            last = run.step == config.total_steps
+            if last or run.step == first + 1 or run.step % config.metrics.every == 0:
                 values = collect(run, loss, targets, run.step - logged, time.perf_counter() - since)
                 logged, since = run.step, time.perf_counter()
                 if sinks:
                     sinks(run.step, values)
-            if run.step % config.checkpoint.every == 0 or run.step == config.total_steps:
-                begun = time.perf_counter()
-                progress.enter("checkpoint", timed=False)
-                save(run)
-                since += time.perf_counter() - begun  # saving is not training time
+            if last or run.stop.why or run.step % config.checkpoint.every == 0:
+                since += save(run)  # saving is not training time
+        ended = "done" if run.step == config.total_steps else run.stop.why
     finally:
         if sinks:
-            sinks.close()
+            sinks.close(ended)
 
 
 def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
 
     The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
-    and where DeepSpeed's gradient norm is looked at after it.
+    and where DeepSpeed's gradient norm and the votes on stopping are looked at after it.
     """
     config, mesh, engine = run.config, run.mesh, run.engine
     progress.begin(run.step + 1)
@@ -304,9 +326,12 @@ def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, to
                 if certified:
                     check_pruned(run.model.attention_layers(), config.acp.log_eps, run.step)
             engine.step()
+    sums = torch.tensor([0.0, *run.stop.votes()], dtype=torch.float64, device=mesh.device)
+    sums[0] = loss_sum
+    dist.all_reduce(sums)
     check_update(engine, run.step)
-    dist.all_reduce(loss_sum)
-    return loss_sum, targets
+    run.stop.decide(sums[1:].tolist())
+    return sums[0], targets
 
 
 @contextmanager
@@ -346,9 +371,13 @@ def collect(run: Trainer, loss_sum: torch.Tensor, targets: torch.Tensor, steps: 
     }
 
 
-def save(run: Run) -> None:
-    """A checkpoint of the step just made; every rank calls."""
-    config = run.config
+def save(run: Run) -> float:
+    """A checkpoint of the step just made, and how many seconds it took; every rank calls.
+
+    Then ranks vote on stopping: a signal that came meanwhile ends the run here rather than a step and a saving later.
+    """
+    config, begun = run.config, time.perf_counter()
+    progress.enter("checkpoint", timed=False)
     checkpoint.save(
         run.engine,
         run_folder.checkpoints(config.train.run_dir),
@@ -358,6 +387,9 @@ def save(run: Run) -> None:
         data=run.loader.state(),
         keep=config.checkpoint.keep,
     )
+    run.stop.saved(time.perf_counter() - begun)
+    run.stop.agree(run.mesh)
+    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

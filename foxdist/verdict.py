@@ -6,14 +6,18 @@
   too busy to speak (loading, saving, before its second step). Where a collective has failed or there is a stall,
   `SUSPECT` seconds are enough, or half of the former if that is less.
 - A stall: a rank has waited in one exchange for the timeout, or has stayed as long at one place of a step.
+- A hang: on every rank the step at hand takes longer than a step may, by the last ones (`longest_step`).
 
 So loading data, saving, and the compilation in the first step are no stall by themselves: a rank may take its time, but
-others may not wait for it longer than the timeout (before their second step, than `START` if that is more).
+others may not wait for it longer than the timeout (before their second step, than `START` if that is more). A step does
+not hang as long as any rank is outside of it, saving or logging; loading its data is part of it.
 """
 
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import median
 
 from foxdist.progress import Place, Plans, name_ranks, odd_ones, planned_differently
 
@@ -21,6 +25,8 @@ BEAT = 1.0  # seconds between two words of a rank
 SILENT = 30.0
 SUSPECT = 10.0
 START = 120.0
+HANG = 120.0  # seconds that a step may take in any case: an epoch begins, a rare part of a step is compiled
+ENOUGH = 5  # steps that have a median
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class Word:
     """For how long it may be there; None: it takes its time."""
     patience: float = START
     """For how many seconds it may be silent."""
+    in_step: float = 0.0
+    """For how many seconds it has been in its step; 0 outside of steps."""
+    longest: float | None = None
+    """How many it may be; None: any."""
     plans: Plans = field(default_factory=dict)
     """What it planned, if it has stood still for a while."""
     failed: str = ""
@@ -86,12 +96,18 @@ def word_at(place: Place, seconds: float, timeout: float, plans: Plans) -> Word:
     )
 
 
+def longest_step(factor: float, steps: list[float]) -> float | None:
+    """How many seconds a step may take. factor: `parallel.hang_factor`. steps: seconds of the last ones."""
+    if not factor or len(steps) < ENOUGH:
+        return None
+    return max(factor * median(steps), HANG)
+
+
 def judge(heard: dict[int, Heard], cp: int) -> str:
     """What is wrong, with ranks and places; empty as long as nothing is. heard: of every rank. cp: `parallel.cp`."""
     running = {rank: h for rank, h in heard.items() if not h.word.ended}
-    verdict = (
-        _failed(running) or _differing(running, cp) or _dead(running) or _stalled(running) or _unexplained(running)
-    )
+    rules = (_failed, partial(_differing, cp=cp), _dead, _stalled, _hanging, _unexplained)
+    verdict = next(filter(None, (rule(running) for rule in rules)), "")
     if not verdict:
         return ""
     return "; ".join([verdict, *(f"rank {r} has ended: {h.word.ended}" for r, h in heard.items() if h.word.ended)])
@@ -144,6 +160,15 @@ def _stalled(heard: dict[int, Heard]) -> str:
 
 def _over(heard: dict[int, Heard]) -> list[int]:
     return [rank for rank, h in heard.items() if h.word.allowed is not None and h.word.seconds > h.word.allowed]
+
+
+def _hanging(heard: dict[int, Heard]) -> str:
+    words = [h.word for h in heard.values()]
+    # Each by its own clock: a rank that waits for another's saving or logging has begun its step before it.
+    if not words or not all(word.longest is not None and word.in_step > word.longest for word in words):
+        return ""
+    least = min(words, key=lambda word: word.in_step)
+    return f"a step takes {least.in_step:.0f} s, where {least.longest:.0f} s are allowed: {_places(heard, heard)}"
 
 
 def _unexplained(heard: dict[int, Heard]) -> str:

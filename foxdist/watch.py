@@ -1,9 +1,10 @@
 """Ending the job on every rank, with ranks, layer and stage named, when a rank has died or nothing moves any more.
 
-Two threads on each rank. One talks: once a second it writes where the rank is (progress.py) to the store of the process
-group, and reads what others wrote. A store may block for ever when its host is gone, so another thread looks: at this
-rank's place, and at what was heard and when. Rank 0 judges for all (verdict.py), and another rank if rank 0 has gone.
-The first verdict stands in the store. Each rank reads it, says it, and exits with `LOST`.
+Three threads on each rank. One talks: once a second it writes where the rank is (progress.py) to the store of the
+process group, and reads what others wrote. A store may block for ever when its host is gone, so another thread looks:
+at this rank's place, and at what was heard and when. Rank 0 judges for all (verdict.py), and another rank if rank 0 has
+gone. The first verdict stands in the store. Each rank reads it, leaves the stacks of its threads in the run folder,
+says it, and exits with `LOST`. The third thread leaves heartbeats there. A rank without others does not talk.
 
 If the store itself fails or falls silent, the rank that hosts it is gone, and every rank finds so alone. Time in which
 this process was stopped does not count: a suspended job goes on. Nothing here waits for the device.
@@ -12,6 +13,7 @@ this process was stopped does not count: a suspended job goes on. Nothing here w
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from threading import Event, Thread
@@ -20,58 +22,67 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from foxdist import heartbeat
 from foxdist import mesh as meshes
-from foxdist.log import last_words
+from foxdist.config import Config
+from foxdist.log import last_words, log
 from foxdist.mesh import Mesh
-from foxdist.progress import progress
-from foxdist.verdict import BEAT, START, SUSPECT, Heard, Word, is_silent, judge, word_at
+from foxdist.progress import Place, progress
+from foxdist.verdict import BEAT, START, SUSPECT, Heard, Word, is_silent, judge, longest_step, word_at
 
 LOST = os.EX_TEMPFAIL
 """75, the exit status of a rank that ends because of others or because nothing moves: the same command goes on."""
 STILL = 2.0  # seconds at one place after which a rank also says what it planned
+TO_FILE = 10.0  # seconds that the stacks get to reach their file
 
 
 class Watch:
     """Watches while it is entered, which every rank does at the same time.
 
-    timeout_minutes: `parallel.timeout_minutes`. alike: exceptions that all ranks raise together, and that are said
-    elsewhere. Any other that leaves the `with` is told to all ranks before it goes on. If a collective raised it, it
-    does not go on: the verdict stands in its place.
+    alike: exceptions that all ranks raise together, and that are said elsewhere. Any other that leaves the `with` is
+    told to all ranks before it goes on. If a collective raised it, it does not go on: the verdict stands in its place.
     """
 
-    def __init__(self, mesh: Mesh, timeout_minutes: float, alike: tuple[type[Exception], ...]):
-        self._mesh, self._timeout, self._alike = mesh, 60 * timeout_minutes, alike
-        self._word = Word()
+    def __init__(self, mesh: Mesh, config: Config, alike: tuple[type[Exception], ...]):
+        self._mesh, self._config, self._alike = mesh, config, alike
+        self._timeout = 60 * config.parallel.timeout_minutes
+        self._place, self._word = Place(), Word()
         self._heard: dict[int, Heard] = {}
         self._answers = 0
         self._failure = self._ended = self._proposal = self._verdict = self._broken = ""
-        self._lost = False
+        self._lost = self._ours = False
         self._stopping, self._told = Event(), Event()
         self._threads: list[Thread] = []
 
-    def __enter__(self) -> None:
-        if self._mesh.world == 1:
-            return
-        self._store = self._open_store()
-        self._store.set(f"word/{self._mesh.rank}", _numbered(0, self._word))
-        if self._mesh.rank == 0:
-            self._store.set("verdict", "-")
-        dist.barrier()  # what is read from here on is there
-        self._threads = [Thread(target=task, daemon=True) for task in (self._talk, self._look)]
-        for thread in self._threads:
-            thread.start()
+    def __enter__(self) -> "Watch":
+        if self._mesh.world > 1:
+            self._store = self._open_store()
+            self._store.set(f"word/{self._mesh.rank}", _numbered(0, self._word))
+            if self._mesh.rank == 0:
+                self._store.set("verdict", "-")
+            dist.barrier()  # what is read from here on is there
+            self._start(self._talk)
+        self._start(self._look)
+        return self
+
+    def leave_traces(self) -> None:
+        """From here on the run folder is this job's: heartbeats and stacks go there."""
+        self._ours = True
+        self._start(self._beat)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._threads:
-            return
-        if isinstance(error, Exception) and not isinstance(error, self._alike):
+        if isinstance(error, Exception) and not isinstance(error, self._alike) and self._mesh.world > 1:
             self._tell(error)
         self._ended = _in_a_line(error) if error else "done"
         self._stopping.set()
         for thread in self._threads:
             thread.join(3 * BEAT)
+
+    def _start(self, task: Callable[[], None]) -> None:
+        self._threads.append(Thread(target=task, daemon=True))
+        self._threads[-1].start()
 
     def _open_store(self) -> dist.Store:
         """A client of this thread's own: they are not made to be shared. Its timeout is no more than a backstop."""
@@ -130,24 +141,32 @@ class Watch:
     def _look(self) -> None:
         if self._mesh.device.type == "cuda":
             torch.cuda.set_device(self._mesh.device)  # else asking an event would take memory of GPU 0
-        place, last = progress.where(), time.monotonic()
-        answers, there, unanswered, lost = 0, 0.0, 0.0, 0.0
+        place, begun, last = progress.where(), progress.begun, time.monotonic()
+        answers, there, in_step, unanswered, lost = 0, 0.0, 0.0, 0.0, 0.0
         while not self._stopping.wait(BEAT):
             last, passed = _tick(last)
             failure, (before, place) = self._failure, (place, progress.where())
             there = there + passed if place == before else 0.0
+            step, begun = begun, progress.begun
+            in_step = in_step + passed if begun is not None and begun == step else 0.0
             unanswered, answers = (unanswered + passed if self._answers == answers else 0.0), self._answers
             lost = lost + passed if self._lost else 0.0
             plans = progress.plans() if there > STILL else {}
-            self._word = replace(word_at(place, there, self._timeout, plans), failed=failure, lost=lost)
-            if verdict := self._verdict or self._without_store(unanswered):
+            longest = longest_step(self._config.parallel.hang_factor, list(progress.steps))
+            word = word_at(place, there, self._timeout, plans)
+            word = replace(word, in_step=in_step, longest=longest, failed=failure, lost=lost)
+            self._place, self._word = place, word
+            if verdict := self._verdict or self._by_itself(unanswered):
                 self._end(verdict)
                 return
-            if self._leads() and len(self._heard) == self._mesh.world:
-                self._proposal = judge(self._heard | {self._mesh.rank: Heard(self._word)}, self._mesh.cp)
+            heard = self._heard | {self._mesh.rank: Heard(word)}
+            if self._leads() and len(heard) == self._mesh.world:
+                self._proposal = judge(heard, self._mesh.cp)
 
-    def _without_store(self, unanswered: float) -> str:
-        """The verdict if the store is gone: of this rank alone, as of any other."""
+    def _by_itself(self, unanswered: float) -> str:
+        """The verdict of a rank that hears no other: there is none, or the store is gone."""
+        if self._mesh.world == 1:
+            return self._proposal
         first = self._heard.get(0, Heard(Word()))
         if not self._broken and not is_silent(Heard(first.word, unanswered), self._lost):
             return ""
@@ -160,13 +179,48 @@ class Watch:
         return f"{gone}: its store does not answer ({why}); rank 0 was last at {first.word.place}; {mine}"
 
     def _end(self, verdict: str) -> None:
+        stacks = self._dump(verdict)
         if self._failure and not self._lost:  # an error of this rank's own, which is about to be raised
             self._told.set()
             return
-        last_words(f"{verdict}; the same command goes on from the newest checkpoint")
+        last_words("; ".join([verdict, *stacks, "the same command goes on from the newest checkpoint"]))
         self._let_others_read()
         if not self._stopping.is_set():  # as when all ranks raised something, and this one was late
             os._exit(LOST)  # the training thread may wait in code that no exception reaches
+
+    # ---- what stays in the run folder
+
+    def _beat(self) -> None:
+        folder, rank, failed = self._config.train.run_dir, self._mesh.rank, ""
+        while True:
+            word = replace(self._word, ended=self._ended)
+            try:
+                heartbeat.write_heartbeat(folder, rank, self._place, word, list(progress.steps))
+                failed = ""
+            except OSError as error:  # a full disk must not end a run that does not need it
+                if str(error) != failed:
+                    failed = str(error)
+                    log.warning("no heartbeat: %s", failed)
+            if word.ended:
+                return
+            self._stopping.wait(heartbeat.EVERY)
+
+    def _dump(self, verdict: str) -> list[str]:
+        """Leaves the stacks of this rank, and says where, if the run folder is ours and takes them."""
+        folder, rank, where = self._config.train.run_dir, self._mesh.rank, []
+
+        def write() -> None:
+            try:
+                heartbeat.dump_stacks(folder, rank, verdict)
+                where.append(f"the stacks of its threads are in {folder / 'stacks'}")
+            except OSError as error:
+                log.warning("no stacks: %s", error)
+
+        if self._ours:
+            writing = Thread(target=write, daemon=True)
+            writing.start()
+            writing.join(TO_FILE)  # the file system may be what hangs
+        return where
 
 
 def _numbered(number: int, word: Word) -> str:

@@ -1,6 +1,7 @@
 """Training in which one rank goes wrong: `python faulty.py FAULT RANK FILE ARGUMENT...`, the arguments of train.py.
 
-In step 6 and layer 1 the rank writes the time to FILE, and then FAULT happens to it.
+In step 6 and layer 1 the rank writes the time to FILE, and then FAULT happens to it; "hangs" in step 8, when steps have
+a median, and a step may take three seconds.
 """
 
 import os
@@ -11,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from foxdist import train
+from foxdist import train, verdict
 from foxdist.attention import ring
 from foxdist.attention.transport import Swap
 from foxdist.progress import progress
 
-STEP, LAYER = 6, 1
+STEP, HANGS, LAYER = 6, 8, 1
 
 
-def here(part):
-    return (progress.host.step, progress.host.layer, progress.host.part) == (STEP, LAYER, part)
+def here(part, step=STEP):
+    return (progress.host.step, progress.host.layer, progress.host.part) == (step, LAYER, part)
 
 
 def in_an_exchange(do):
@@ -36,11 +37,11 @@ def in_an_exchange(do):
     Swap._finish = finish
 
 
-def in_forward(do):
+def in_forward(do, step=STEP):
     real = ring.find_kept
 
     def find_kept(*args):
-        if here("forward"):
+        if here("forward", step):
             do()
         return real(*args)
 
@@ -92,6 +93,7 @@ FAULTS = {
     "killed": lambda: in_an_exchange(lambda: end_by(signal.SIGKILL)),
     "frozen": lambda: in_an_exchange(lambda: end_by(signal.SIGSTOP)),
     "asleep": lambda: in_forward(sleep),
+    "hangs": lambda: in_forward(sleep, HANGS),
     "fails": lambda: in_forward(fail),
     "plans everything": lambda: in_the_plan(torch.zeros_like),
     "plans another page": lambda: in_the_plan(another_page),
@@ -100,6 +102,8 @@ FAULTS = {
 if __name__ == "__main__":
     fault, rank, file, *arguments = sys.argv[1:]
     FILE = Path(file)
+    if fault == "hangs":
+        verdict.HANG = 3.0
     if os.environ["RANK"] == rank:
         FAULTS[fault]()
     sys.exit(train.main(arguments))

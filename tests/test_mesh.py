@@ -1,6 +1,7 @@
 """Ranks as launchers describe them."""
 
 import os
+import socket
 
 import pytest
 import torch.distributed as dist
@@ -71,6 +72,31 @@ def test_deepspeed_names_the_local_world_otherwise(environment):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
         environment.setenv(name, value)
     assert completed() == ["3", "4", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "host, one_host, at",
+    [
+        ("127.0.0.1", True, "127.0.0.1"),
+        ("localhost", True, "127.0.0.1"),
+        ("127.0.0.1", False, "0.0.0.0"),  # a name of this host that others do not share
+        ("192.0.2.1", False, "0.0.0.0"),  # not an address of this host
+    ],
+)
+def test_ranks_meet_at_one_address(host, one_host, at):
+    with mesh.listen(host, mesh.free_port(), one_host=one_host) as listening:
+        assert listening.getsockname()[0] == at
+        assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def test_a_port_that_is_taken_is_named(environment):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        environment.setenv("MASTER_ADDR", "127.0.0.1")
+        environment.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            environment.setenv(name, value)
+        with pytest.raises(ConfigError, match=r"ranks cannot meet at 127.0.0.1 .*in use.*choose another"):
+            mesh.start(1, 2)
 
 
 def places(rank, size, cp):

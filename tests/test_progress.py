@@ -93,6 +93,21 @@ def test_the_first_step_and_the_parts_that_take_their_time_are_not_timed():
     assert p.where().warm
 
 
+def test_steps_are_timed_but_the_first(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    p = Progress()
+    for step, seconds in ((5, 60), (6, 2), (7, 3)):
+        p.begin(step)
+        assert p.begun == now[0], "its data is part of it"
+        now[0] += seconds
+        p.end()
+        assert p.begun is None
+        assert (p.where().part, p.where().timed) == ("after the step", False)
+        now[0] += 1000  # saving
+    assert list(p.steps) == [2, 3]
+
+
 class Event:
     """Of a stream that runs when it is told to."""
 

@@ -1,20 +1,20 @@
 """A rank that dies, stalls, fails or plans differently ends every rank, with the right words; and the run goes on."""
 
+import json
+import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from foxdist.progress import Place
-from foxdist.verdict import SUSPECT, Heard, Word, judge, word_at
+from foxdist.verdict import HANG, SUSPECT, Heard, Word, judge, longest_step, word_at
 from foxdist.watch import LOST
 
-from runs import environment, go, losses, tree, write_data, write_yaml
+from runs import TRAIN, go, losses, processes, tree, write_data, write_yaml
 
+SCRIPT = Path(__file__).with_name("faulty.py")
 TIMEOUT = 12.0  # seconds; a step takes a tenth of one
 LATE = 30.0  # seconds that the ranks may take to notice, to speak and to end, on a busy machine
 
@@ -38,35 +38,14 @@ def whole(ranks, data, tmp_path_factory):
     return losses(folder)
 
 
-def run_with(fault, guilty, values, folder, gpus=""):
-    """What each of two ranks said and how it ended, and in how many seconds. No launcher stands between them."""
+def run_with(fault, guilty, values, folder, gpus="", size=2):
+    """What each rank said and how it ended, and in how many seconds. No launcher stands between them."""
     config, noted = write_yaml(folder, values), folder / "fault"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = str(Path(__file__).with_name("faulty.py"))
-    started = []
-    for rank in range(2):
-        where = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, script, fault, str(guilty), str(noted), "--config", str(config)],
-                env=environment()
-                | where
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": gpus},
-                stdout=subprocess.DEVNULL,
-                stderr=(folder / f"said{rank}").open("w"),
-            )
-        )
-    try:
+    with processes(SCRIPT, fault, guilty, noted, "--config", config, folder=folder, gpus=gpus, size=size) as started:
         for rank, process in enumerate(started):
             if not (fault == "frozen" and rank == guilty):
                 process.wait(timeout=200)
         seconds = time.time() - float(noted.read_text())
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
     return [((folder / f"said{rank}").read_text(), process.returncode) for rank, process in enumerate(started)], seconds
 
 
@@ -78,6 +57,10 @@ SLEEPS = [
     "nothing moves for",
     "rank 0 waits at step 6, layer 1, forward, gate sums; not there yet: rank 1 is at step 6, layer 1, forward;",
 ]
+HANGS = [
+    "a step takes",
+    "rank 1 is at step 8, layer 1, forward, rank 0 waits at step 8, layer 1, forward, gate sums; the stacks of its",
+]
 FAILED = "failed at step 6, layer 1, forward: MemoryError: no room for a page"
 DIFFERS = "layer 1 was planned differently: rank 1 not as rank 0 of the same cp group;"
 KILLED = (-signal.SIGKILL, [])
@@ -86,6 +69,7 @@ SAID = {  # fault, rank: of each rank the status and words
     ("killed", 0): [KILLED, (LOST, [GONE, f"rank 0 was last {THERE}; rank 1 {WAITS}"])],
     ("frozen", 0): [KILLED, (LOST, [f"{GONE} (no answer for", f"rank 0 was last {THERE}; rank 1 {WAITS}"])],
     ("asleep", 1): [(LOST, SLEEPS)] * 2,
+    ("hangs", 1): [(LOST, HANGS)] * 2,
     ("fails", 1): [(LOST, [f"rank 1 {FAILED}"]), (1, ["Traceback", "MemoryError: no room for a page"])],
     ("plans everything", 1): [(LOST, [f"{DIFFERS} ranks 0-1 wait at step 6, layer 1, forward, pages, stage 1 of 1;"])]
     * 2,
@@ -97,6 +81,7 @@ RESUMED = [("killed", 1), ("asleep", 1), ("plans everything", 1)]
 @pytest.mark.parametrize("fault, guilty", SAID, ids=[f"rank {guilty} {fault}" for fault, guilty in SAID])
 def test_every_rank_ends_and_the_run_goes_on(ranks, data, tmp_path, whole, fault, guilty):
     values = settings(data, tmp_path / "run")
+    values["parallel"]["hang_factor"] = 2
     found, seconds = run_with(fault, guilty, values, tmp_path)
     for (said, status), (expected, words) in zip(found, SAID[fault, guilty]):
         assert status == expected, said
@@ -105,10 +90,56 @@ def test_every_rank_ends_and_the_run_goes_on(ranks, data, tmp_path, whole, fault
         if status == LOST:
             assert LAST in said
             assert "Traceback" not in said, said
+            assert f"the stacks of its threads are in {tmp_path / 'run' / 'stacks'}" in said
     assert seconds < TIMEOUT + LATE
+    for rank, (_, status) in enumerate(found):
+        if status >= 0 and fault != "plans another page":  # of which all ranks know without a verdict
+            stacks = (tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text()
+            assert stacks.count("---- ") == 1
+            assert "in _run" in stacks, "of the training thread"
+            assert ("in sleep\n" in stacks) == (fault in ("asleep", "hangs") and rank == guilty)
     if (fault, guilty) in RESUMED:
         assert "after step 4" in ranks(2, go, values)[0]
         assert losses(tmp_path / "run") == whole
+
+
+def test_what_killed_jobs_leave_on_a_node_blocks_nobody(ranks, data, tmp_path, whole):
+    """SIGKILL of every process, as SLURM does: of those, too, that would remove names of shared memory. The same run
+    goes on there, beside another job."""
+    values = settings(data, tmp_path / "run")
+    values["data"]["workers"] = 1
+    names = set(os.listdir("/dev/shm"))
+    config, noted = write_yaml(tmp_path, values), tmp_path / "fault"
+    with processes(SCRIPT, "asleep", 1, noted, "--config", config, folder=tmp_path) as started:
+        while not noted.exists():
+            assert started[1].poll() is None
+            time.sleep(0.1)
+        os.killpg(started[0].pid, signal.SIGKILL)
+    assert set(os.listdir("/dev/shm")) - names, "nothing was left, so nothing is tested"
+    (tmp_path / "beside").mkdir()
+    beside = write_yaml(tmp_path / "beside", settings(data, tmp_path / "beside" / "run"))
+    with (
+        processes(TRAIN, "--config", config, folder=tmp_path) as same,
+        processes(TRAIN, "--config", beside, folder=tmp_path / "beside") as other,
+    ):
+        assert [p.wait(timeout=200) for p in (*same, *other)] == [0] * 4, (tmp_path / "said0").read_text()
+    assert "after step 4" in (tmp_path / "said0").read_text()
+    assert losses(tmp_path / "run") == losses(tmp_path / "beside" / "run") == whole
+
+
+def test_a_rank_without_others_is_watched_too(data, tmp_path):
+    values = settings(data, tmp_path / "run")
+    values["parallel"] |= {"cp": 1, "hang_factor": 2}
+    ((said, status),), seconds = run_with("hangs", 0, values, tmp_path, size=1)
+    assert status == LOST, said
+    assert "where 3 s are allowed: rank 0 is at step 8, layer 1, forward; the stacks of its threads are in" in said
+    assert LAST in said
+    assert seconds < TIMEOUT + LATE
+    assert "in sleep\n" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
+    beat = json.loads((tmp_path / "run" / "heartbeats" / "rank_00000.json").read_text())
+    assert (beat["rank"], beat["step"], beat["layer"], beat["part"], beat["ended"]) == (0, 8, 1, "forward", "")
+    assert time.time() - seconds - 60 < beat["time"] < time.time()
+    assert 0 < beat["median_step"] < TIMEOUT
 
 
 # ---- verdicts, without processes
@@ -213,6 +244,38 @@ def test_plans_are_compared_as_soon_as_ranks_stand_still():
     said = judge(same | {1: heard(GATES, 3, plans={2: (39, 5), 3: (40, 7)})}, 4)
     assert said.startswith("layer 3 was planned differently: rank 1 not as ranks 0, 2-3 of the same cp group")
     assert judge(same | {r: heard(GATES, 3, plans={2: (39, 4)}) for r in (2, 3)}, 2) == "", "another cp group"
+
+
+@pytest.mark.parametrize(
+    "factor, steps, expected",
+    [
+        (10.0, [50.0, 20.0, 1.0, 30.0, 25.0], 250.0),
+        (10.0, [0.1] * 5, HANG),
+        (10.0, [50.0] * 4, None),
+        (0.0, [50.0] * 5, None),
+    ],
+)
+def test_how_long_a_step_may_take(factor, steps, expected):
+    assert longest_step(factor, steps) == expected
+
+
+def test_a_step_that_hangs():
+    """On all ranks: who waits for another's saving or logging has been in its step for longer."""
+    slow = heard(GATES, 200, in_step=201.0, longest=200.0)
+    assert judge({0: heard(place(), 30, in_step=199.0, longest=200.0), 1: slow}, 2) == ""
+    assert judge({0: heard(place(part="checkpoint", timed=False), 30, longest=200.0), 1: slow}, 2) == ""
+    assert judge({0: heard(place(), 30, in_step=900.0), 1: slow}, 2) == ""
+    said = judge({0: heard(place(), 199, in_step=202.0, longest=200.0), 1: slow}, 2)
+    assert said == (
+        "a step takes 201 s, where 200 s are allowed: rank 0 is at step 12, layer 3, forward, "
+        "rank 1 waits at step 12, layer 3, forward, gate sums"
+    )
+    assert "rank 0 is at step 12, layer 3, data" in judge(
+        {0: heard(place(part="data", timed=False), 199, in_step=202.0, longest=200.0), 1: slow}, 2
+    )
+    ended = heard(place(), ended="done")
+    assert "a step takes 201 s" in judge({0: slow, 1: ended}, 2)
+    assert judge({0: ended, 1: ended}, 2) == ""
 
 
 def test_a_collective_that_fails_without_a_cause():

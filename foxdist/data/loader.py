@@ -20,6 +20,7 @@ from foxdist.data.folder import Prepared
 from foxdist.data.streaming_import import import_streaming, number_shared_memory_from
 from foxdist.loss import IGNORE
 from foxdist.mesh import broadcast
+from foxdist.stopping import live_as_long_as_the_parent
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Loader:
             collate_fn=partial(_collate, end=prepared.end),
             # Forked, because a fresh interpreter would import streaming by its own door.
             multiprocessing_context="fork" if workers else None,
+            worker_init_fn=live_as_long_as_the_parent if workers else None,
         )
 
     def __iter__(self) -> Iterator[Batch]:
