@@ -6,8 +6,8 @@
 One rank or many, CPU or GPU, the file and its options are the same. Running the same command again continues the run.
 `--check` prints what would run, with its arithmetic, and stops.
 
-Exit status: 2 for a mistake in the configuration, 1 for numbers that must not go on and for errors of our own, 75 for a
-rank or store that was lost (watch.py), 130 if interrupted.
+Exit status: 2 for a mistake in the configuration, 1 for numbers that must not go on, for a last checkpoint that cannot
+be written and for errors of our own, 75 for a rank or store that was lost (watch.py), 130 if interrupted.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from foxdist.attention.backends import choose_backend
 from foxdist.attention.exchange import resolve
 from foxdist.attention.predict import choose_layout
 from foxdist.check import describe
+from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
@@ -103,11 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
         check_before_start(config, meshes.world_from_environment())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        with Watch(mesh, config.parallel.timeout_minutes, alike=(ConfigError, GuardError)):
+        with Watch(mesh, config.parallel.timeout_minutes, alike=(ConfigError, GuardError, SaveError)):
             train(build(config, mesh))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
-    except GuardError as error:
+    except (GuardError, SaveError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the newest checkpoint", 130)
@@ -244,6 +245,7 @@ def train(run: Run) -> None:
             config.total_steps,
         )
         return
+    checkpoint.check_place(run.engine, run_folder.checkpoints(config.train.run_dir), run.mesh)
     meshes.on_rank_0(lambda: run_folder.record(config))
     sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
@@ -260,7 +262,7 @@ def train(run: Run) -> None:
             if run.step % config.checkpoint.every == 0 or run.step == config.total_steps:
                 begun = time.perf_counter()
                 progress.enter("checkpoint", timed=False)
-                save(run)
+                save(run, last=run.step == config.total_steps)
                 since += time.perf_counter() - begun  # saving is not training time
     finally:
         if sinks:
@@ -346,18 +348,27 @@ def collect(run: Trainer, loss_sum: torch.Tensor, targets: torch.Tensor, steps: 
     }
 
 
-def save(run: Run) -> None:
-    """A checkpoint of the step just made; every rank calls."""
+def save(run: Run, *, last: bool) -> None:
+    """A checkpoint of the step just made; every rank calls.
+
+    One that cannot be written raises `SaveError` if it is the `last`, and is said loudly if it is not: the job goes on
+    to the next interval, since a full disk at night is no reason to throw away what is computed until morning.
+    """
     config = run.config
-    checkpoint.save(
-        run.engine,
-        run_folder.checkpoints(config.train.run_dir),
-        run.mesh,
-        step=run.step,
-        stage=config.parallel.zero,
-        data=run.loader.state(),
-        keep=config.checkpoint.keep,
-    )
+    try:
+        checkpoint.save(
+            run.engine,
+            run_folder.checkpoints(config.train.run_dir),
+            run.mesh,
+            step=run.step,
+            stage=config.parallel.zero,
+            data=run.loader.state(),
+            keep=config.checkpoint.keep,
+        )
+    except SaveError as error:
+        if last:
+            raise
+        log.log.error("%s; TRAINING GOES ON and saves again after %d steps", error, config.checkpoint.every)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ ORDER = [
     "layer",
     "model",
     "optim",
+    "shares",
     "zero",
     "data.streaming_import",
     "data.tokenizer",
@@ -135,6 +136,7 @@ FORBIDDEN = {
     "model": {"torch.distributed", "deepspeed", "streaming"},
     "loss": {"torch.distributed", "deepspeed"},
     "optim": {"deepspeed"},
+    "shares": {"torch.distributed", "deepspeed"},
     "metrics": {"deepspeed", "wandb"},
 }
 
