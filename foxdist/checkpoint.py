@@ -219,8 +219,8 @@ def _restore(engine: Any, folder: Path, saved: Saved, mesh: Mesh, stage: int) ->
     resized = (saved.world, saved.stage) != (mesh.world, stage)
     if resized:
         log.info(
-            f"checkpoint of step {saved.step} was saved on {saved.world} ranks with ZeRO-{saved.stage}; "
-            f"converting for {mesh.world} ranks with ZeRO-{stage}"
+            f"checkpoint of step {saved.step} was saved on {_ranks(saved.world)} with ZeRO-{saved.stage}; "
+            f"converting for {_ranks(mesh.world)} with ZeRO-{stage}"
         )
     begun = time.perf_counter()
     zero.load(engine, folder)
@@ -228,6 +228,10 @@ def _restore(engine: Any, folder: Path, saved: Saved, mesh: Mesh, stage: int) ->
         log.info(f"converted in {time.perf_counter() - begun:.1f} s")
     if saved.world == mesh.world:
         _restore_random_state(torch.load(folder / f"random_{mesh.rank:05d}.pt", weights_only=True))
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def weights(root: Path) -> tuple[int, dict[str, torch.Tensor]]:

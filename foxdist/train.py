@@ -38,7 +38,7 @@ from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
-from foxdist.data.loader import Batch, Loader, steps_per_epoch
+from foxdist.data.loader import Batch, Loader, next_of_all, steps_per_epoch
 from foxdist.guard import Guard, GuardError, check_plans, check_pruned, check_update
 from foxdist.layer import pruning
 from foxdist.layout import shard
@@ -272,17 +272,13 @@ def train(run: Run) -> None:
 def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
 
-    The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
-    and where DeepSpeed's gradient norm is looked at after it.
+    The host waits for the device where the targets are counted, where each layer's plan is read, where the guard looks
+    at its flags before the update, and where DeepSpeed's gradient norm is looked at after it.
     """
     config, mesh, engine = run.config, run.mesh, run.engine
     progress.begin(run.step + 1)
     with run.clock.part("data"):
-        batch = next(batches)
-        # Every rank of a cp group counts the same sequences, hence / cp.
-        targets = torch.tensor(batch.targets() / mesh.cp, dtype=torch.float64, device=mesh.device)
-        with progress.exchange("count of targets"):
-            dist.all_reduce(targets)
+        batch, targets = next_of_all(batches, mesh)
     scale = gradient_scale(targets, mesh.world).float()
     run.step += 1
     set_learning_rate(engine, learning_rate(config, run.step * config.train.tokens_per_step))

@@ -1,5 +1,6 @@
 """Small data folders and configurations for tests that train."""
 
+import itertools
 import json
 import logging
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
+from foxdist.data.folder import open_folder
+from foxdist.data.loader import Loader
 from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
 
@@ -92,6 +95,28 @@ def go(rank, size, values):
     finally:
         log.removeHandler(handler)
     return "\n".join(said)
+
+
+def read(rank, size, data, cp, batch, steps, state, workers=0):
+    """Steps' sequences of this rank as lists of bytes, and the state after each."""
+    prepared = open_folder(data)
+    dp = size // cp
+    loader = Loader(data, prepared, batch=batch // dp, global_batch=batch, cp=cp, shuffle=True, seed=5, workers=workers)
+    if state:
+        loader.restore(state)
+    taken, states = [], []
+    for _, batch_ in zip(range(steps), loader):
+        taken.append([row.numpy().tobytes() for row in batch_.labels])
+        states.append(loader.state())
+    return taken, states
+
+
+def by_step(answers, cp):
+    """The set of sequences of each step, over data-parallel groups; ranks of a cp group must agree."""
+    for rank, (taken, _) in enumerate(answers):
+        assert taken == answers[rank - rank % cp][0], "ranks of a cp group differ"
+    groups = [answers[r][0] for r in range(0, len(answers), cp)]
+    return [sorted(itertools.chain(*(g[i] for g in groups))) for i in range(len(groups[0]))]
 
 
 def write_yaml(folder, values):
