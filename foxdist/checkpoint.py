@@ -19,6 +19,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import time
@@ -67,6 +68,7 @@ class Saved:
 
 def check_place(engine: Any, root: Path, mesh: Mesh) -> None:
     """Raises `ConfigError` on all ranks if no checkpoint can be written in `root`, before training is wasted on it."""
+    needed = _needed(engine, mesh)
 
     def check() -> None:
         try:
@@ -74,11 +76,12 @@ def check_place(engine: Any, root: Path, mesh: Mesh) -> None:
             root.mkdir(parents=True, exist_ok=True)
             replace_text(root / "writable", "")
             (root / "writable").unlink()
-            _check_room(root, _needed(engine, mesh))
+            _check_room(root, needed)
         except OSError as error:
             raise ConfigError(
                 f"train.run_dir={root.parent}: no checkpoint could be written in {root} ({error}); must be a folder "
-                "that can be written, with room for one more checkpoint; make room, or choose another"
+                f"that can be written, with room for one more checkpoint ({_room(root.parent, needed)}); make room, or "
+                "choose another"
             ) from None
 
     on_rank_0(check)
@@ -145,9 +148,16 @@ def _needed(engine: Any, mesh: Mesh) -> int:
 
 def _check_room(folder: Path, needed: int) -> None:
     """Raises `OSError` if less is free. A quota may end earlier: then writing fails, and is cleared away."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"a checkpoint takes {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free")
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _room(folder: Path, needed: int) -> str:
+    try:
+        free = f"{shutil.disk_usage(folder).free / GIB:.3g} GiB"
+    except OSError as error:
+        free = str(error)
+    return f"it takes {needed / GIB:.3g} GiB; free there: {free}"
 
 
 def _write(engine: Any, work: Path, rank: int) -> dict[str, tuple[int, str]]:
@@ -177,15 +187,11 @@ def _finish(work: Path, folder: Path, saved: Saved, keep: int) -> None:
 def _give_up(work: Path, root: Path, step: int, needed: int, why: str) -> str:
     """Clears `work` away, if it can, and says what happened."""
     shutil.rmtree(work, ignore_errors=True)
-    try:
-        free = f"{shutil.disk_usage(root).free / GIB:.3g} GiB"
-    except OSError as error:
-        free = str(error)
     left = newest_first(root)
     return (
-        f"train.run_dir={root.parent}: the checkpoint of step {step} could not be written ({why}); it takes "
-        f"{needed / GIB:.3g} GiB in {root}, where free are: {free}; make room or raise the quota; the newest good "
-        f"checkpoint is {left[0].name if left else 'none'}"
+        f"train.run_dir={root.parent}: the checkpoint of step {step} could not be written in {root} ({why}); "
+        f"{_room(root, needed)}; make room or raise the quota; the newest good checkpoint is "
+        f"{left[0].name if left else 'none'}"
     )
 
 

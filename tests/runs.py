@@ -134,10 +134,10 @@ def command(config, *overrides, ranks=1):
     return [*launcher, str(TRAIN), "--config", str(config), *overrides]
 
 
-def launch(config, *overrides, ranks=1, expect=0):
+def launch(config, *overrides, ranks=1, expect=0, **how):
     """Runs training to its end and returns what it printed."""
     done = subprocess.run(
-        command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment()
+        command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment(), **how
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
