@@ -64,9 +64,10 @@ def save(engine: Any, folder: Path) -> list[Path]:
 def load(engine: Any, folder: Path) -> None:
     """Restores what `save` wrote, on any number of ranks and in any stage, to the same numbers; every rank calls.
 
-    Masters and moments go straight into the engine, in place of DeepSpeed's universal checkpoint: that copies the whole
-    checkpoint first, has no way for each stage and precision, and in stage 3 gives all groups the first one's weight
-    decay (0.19.8). Loss scale and counters, which its own files hold too, are constants here or not used.
+    Masters and moments go straight into the engine. DeepSpeed's universal checkpoint would write everything once more,
+    with a converter for each family of stages, read whole parameters on every rank, and in stage 3 give all groups of
+    parameters the first one's weight decay (0.19.8). Loss scale and counters, which its own files hold too, are
+    constants here or not used.
     """
     adam, flats = engine.optimizer.optimizer, []
     for master, pieces in _held(engine)[0]:
