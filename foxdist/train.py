@@ -262,7 +262,7 @@ def train(run: Run) -> None:
             if run.step % config.checkpoint.every == 0 or run.step == config.total_steps:
                 begun = time.perf_counter()
                 progress.enter("checkpoint", timed=False)
-                save(run, last=run.step == config.total_steps)
+                save(run)
                 since += time.perf_counter() - begun  # saving is not training time
     finally:
         if sinks:
@@ -344,11 +344,11 @@ def collect(run: Trainer, loss_sum: torch.Tensor, targets: torch.Tensor, steps: 
     }
 
 
-def save(run: Run, *, last: bool) -> None:
+def save(run: Run) -> None:
     """A checkpoint of the step just made; every rank calls.
 
-    One that cannot be written raises `SaveError` if it is the `last`, and is said loudly if it is not: the job goes on
-    to the next interval, since a full disk at night is no reason to throw away what is computed until morning.
+    One that cannot be written raises `SaveError` if it is the run's last, and is said loudly if it is not: the job goes
+    on to the next interval, since a full disk at night is no reason to throw away what is computed until morning.
     """
     config = run.config
     try:
@@ -362,7 +362,7 @@ def save(run: Run, *, last: bool) -> None:
             keep=config.checkpoint.keep,
         )
     except SaveError as error:
-        if last:
+        if run.step == config.total_steps:
             raise
         log.log.error("%s; TRAINING GOES ON and saves again after %d steps", error, config.checkpoint.every)
 
