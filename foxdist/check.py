@@ -1,5 +1,6 @@
 """What a configuration means before anything runs: mesh, parameters, tokens, memory. For `train.py --check`."""
 
+from foxdist import shares
 from foxdist.attention.predict import choose_layout
 from foxdist.config import Config, check_world, dump
 from foxdist.layout import BLOCK, chunk_count
@@ -37,6 +38,7 @@ def describe(config: Config, world: int) -> str:
         f"compute     {(matrices + attention) / 1e9:.2f} GFLOP a token, "
         f"{100 * attention / (matrices + attention):.0f} % of it attention counted dense",
         *_memory(config, world, parameters),
+        f"disk        {shares.BYTES * parameters / GIB:.2f} GiB a checkpoint; {config.checkpoint.keep} are kept",
     ]
     return "\n".join(lines)
 

@@ -77,6 +77,7 @@ ORDER = [
     "model",
     "optim",
     "compiling",
+    "shares",
     "zero",
     "data.streaming_import",
     "data.tokenizer",
@@ -138,6 +139,7 @@ FORBIDDEN = {
     "model": {"torch.distributed", "deepspeed", "streaming"},
     "loss": {"torch.distributed", "deepspeed"},
     "optim": {"deepspeed"},
+    "shares": {"torch.distributed", "deepspeed"},
     "metrics": {"deepspeed", "wandb"},
 }
 
