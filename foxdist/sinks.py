@@ -46,8 +46,7 @@ class Sinks:
     def __call__(self, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(_flat(values), step=step)
+        self._tell_wandb(lambda wandb: wandb.log(_flat(values), step=step))
         if self._progress is None:
             print(_line(step, self._total, values), flush=True)
         else:
@@ -59,10 +58,22 @@ class Sinks:
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
-        if self._wandb is not None:
-            if ended not in ("", "done"):
-                self._wandb.mark_preempting()
-            self._wandb.finish(exit_code=0 if ended == "done" else 1)
+        if ended not in ("", "done"):
+            self._tell_wandb(lambda wandb: wandb.mark_preempting())
+        self._tell_wandb(lambda wandb: wandb.finish(exit_code=0 if ended == "done" else 1))
+
+    def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
+        """W&B's own process hears a signal to the whole job, too, and ends at SIGTERM at once: that must cost neither
+        the step in flight nor its checkpoint."""
+        if self._wandb is None:
+            return
+        try:
+            tell(self._wandb)
+        except Exception as error:  # its own and those of its connection; what it was told is in metrics.jsonl
+            log.warning(
+                "W&B is gone (%s: %s); metrics.jsonl goes on, W&B at the next start", type(error).__name__, error
+            )
+            self._wandb = None
 
 
 def _console(config: Config, first_step: int) -> Progress | None:

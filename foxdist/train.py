@@ -4,7 +4,7 @@
     torchrun  foxdist/train.py ...      srun python foxdist/train.py ...      python foxdist/train.py ...
 
 One rank or many, CPU or GPU, the file and its options are the same. Running the same command again continues the run.
-`--check` prints what would run, with its arithmetic, and stops.
+`--check` prints what would run, with its arithmetic, looks at data and run folder, and stops; it needs no GPU.
 
 Exit status: 0 at the end, or where a signal or the time limit stopped the run (stopping.py); 2 for a mistake in the
 configuration, 1 for numbers that must not go on, for a last checkpoint that cannot be written and for errors of our
@@ -94,7 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="over the file, for example train.steps=100"
     )
-    parser.add_argument("--check", action="store_true", help="print the resolved run and its arithmetic, and stop")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print the resolved run and its arithmetic, look at data and run folder, and stop",
+    )
     parser.add_argument(
         "--world", type=positive, metavar="N", help="with --check: for N ranks; default: the launcher's, else cp"
     )
@@ -110,7 +114,9 @@ def _run(chosen: argparse.Namespace, listener: Listener) -> int:
     try:
         config = configuration.load(chosen.config, chosen.overrides)
         if chosen.check:
-            print(describe(config, chosen.world or max(meshes.world_from_environment(), config.parallel.cp)))
+            world = chosen.world or max(meshes.world_from_environment(), config.parallel.cp)
+            print(describe(config, world), flush=True)
+            check_run(config, world)
             return 0
         check_before_start(config, meshes.world_from_environment())
         stop = Stop(listener, end_time())
@@ -136,6 +142,12 @@ def _fail(error: Exception | str, status: int) -> int:
 
 def check_before_start(config: Config, world: int) -> None:
     """All mistakes that need no process group to be seen. Raises `ConfigError`."""
+    check_run(config, world)
+    check_machine(config)
+
+
+def check_run(config: Config, world: int) -> None:
+    """Mistakes that a machine without GPUs sees, too, before a job waits in a queue. Raises `ConfigError`."""
     configuration.check_world(config, world)
     prepared = open_folder(config.data.path)
     if prepared.sequence_length != config.data.sequence_length:
@@ -149,7 +161,6 @@ def check_before_start(config: Config, world: int) -> None:
             f"model.vocab={config.model.vocab}: smaller than the {prepared.vocab} tokens of {config.data.path} "
             f"({prepared.tokenizer} tokenizer); must be at least that; set model.vocab={prepared.vocab}"
         )
-    check_machine(config)
     steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
     check_wandb(config)
     run_folder.check(config)

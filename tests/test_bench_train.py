@@ -218,10 +218,46 @@ def test_mistakes_are_named_before_anything_starts(no_launcher, model, options, 
     assert said in capsys.readouterr().err
 
 
-def test_a_launcher_is_refused(no_launcher, model, monkeypatch, capsys):
+def test_ranks_of_a_launcher_measure_one_configuration(no_launcher, model, monkeypatch, capsys):
+    """Several at once could not go on after one that fails."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(model) == 2
-    assert "--ranks" in capsys.readouterr().err
+    assert "2 configurations on 2 ranks of a launcher" in capsys.readouterr().err
+    assert run(model, "--acp", "on", "--longest") == 2
+    assert "--longest on 2 ranks of a launcher" in capsys.readouterr().err
+    assert run(model, "--acp", "on", "--ranks", "3") == 2
+    assert "--ranks 3: the launcher started 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_of_a_launcher(model, tmp_path, fails):
+    """Rank 0 prints and writes; a rank that runs out of memory says so in the table, in its place."""
+    script = tmp_path / "bench.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from foxdist.bench import __main__ as bench, train\n"
+        "def measure(cell, real=train.measure):\n"
+        f"    if {fails} and os.environ['RANK'] == '1': raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "    return real(cell)\n"
+        "train.measure = measure\n"
+        "sys.exit(bench.main(sys.argv[1:]))\n"
+    )
+    options = ["--models", str(model), "--acp", "on", "--lengths", "512", "--cp", "2", "--gates", "initial"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "train", *options]
+    done = subprocess.run(
+        [sys.executable, *command, "--steps", "1", "--warmup", "1", "--output", tmp_path / "out"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    (row,) = json.loads((tmp_path / "out" / "train.json").read_text())["rows"]
+    assert row["failed"] == ("out of memory" if fails else None)
+    if not fails:
+        assert done.returncode == 0, done.stderr
+        assert row["tokens/s/GPU"] > 0
+        assert done.stdout.count("| model |") == 1
+        assert "2 ranks" in done.stdout
 
 
 # ---- processes

@@ -3,14 +3,18 @@
 import json
 import socket
 
+import psutil
 import pytest
 import torch
 
 from foxdist import config as configuration
 from foxdist import mesh as meshes
+from foxdist import run_folder
 from foxdist import train as training
 from foxdist.guard import NonFiniteError
+from foxdist.sinks import Sinks
 
+from ranks import Ranks
 from runs import go, launch, rows, tree, write_data, write_yaml
 
 STEPS = 20
@@ -279,6 +283,10 @@ def test_check_prints_the_arithmetic(data, tmp_path, capsys):
     assert training.main(["--config", str(config), "parallel.layout=auto", "--check", "--world", "4"]) == 0
     assert "256 tokens a rank (auto: zigzag on one host, contiguous over several)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+    assert training.main(["--config", str(config), "data.path=/nowhere", "--check", "--world", "4"]) == 2
+    said = capsys.readouterr()
+    assert "4 ranks = dp 2 x cp 2" in said.out, "the arithmetic needs no data"
+    assert said.err.startswith("error: data.path=/nowhere: no such folder")
 
 
 def test_wandb_offline_joins_the_same_run(ranks, data, tmp_path):
@@ -291,3 +299,23 @@ def test_wandb_offline_joins_the_same_run(ranks, data, tmp_path):
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert [f.name for f in files] == [f"run-{identity}.wandb"] * 2
     assert b"acp/tiles_kept(%)" in files[0].read_bytes()
+
+
+def log_while_wandb_dies(rank, size, values):
+    """Logs steps 1 and 2; W&B's own process gets SIGTERM between them, as from SLURM, which tells every process."""
+    run_folder.take(config := configuration.parse(values))
+    sinks = Sinks(config, 0)
+    row = {"loss": 1.0, "tokens/s": 1.0, "acp/tiles_kept(%)": 1.0, "comm/kv_dense(MiB)": 0, "lr": 1.0, "grad_norm": 1.0}
+    sinks(1, row | {"time/step(ms)": 1.0})
+    (service,) = (p for p in psutil.Process().children(recursive=True) if "wandb-core" in p.name())
+    service.terminate()
+    psutil.wait_procs([service], timeout=10)
+    sinks(2, row | {"time/step(ms)": 1.0})
+    sinks.close("SIGTERM")
+
+
+def test_wandb_that_dies_ends_nothing_else(data, tmp_path):
+    alone = Ranks()  # what remains of W&B is in the way of the next run of the process
+    alone.run(1, log_while_wandb_dies, tree(data, tmp_path / "run", metrics__wandb="offline"))
+    alone.close()
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]

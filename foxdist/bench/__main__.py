@@ -1,9 +1,9 @@
-"""Command line: python -m foxdist.bench acp | attention | context-parallel | kernels | record | train | tune [...]."""
+"""The command line: python -m foxdist.bench NAME [...]; --help says what NAME can be."""
 
 import argparse
 import sys
 
-from foxdist.bench import acp, attention, context_parallel, kernels, record, train, tune
+from foxdist.bench import acp, attention, context_parallel, kernels, record, scaling, train, tune
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
         (context_parallel, "context-parallel", "attention over ranks: bytes, balance, time, and which layout wins"),
         (kernels, "kernels", "time of each kernel of one attention call"),
         (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
+        (scaling, "scaling", "one table and picture of many results of `train`: strong and weak scaling"),
         (train, "train", "tokens/s, utilisation and memory of training, and the longest sequence that fits"),
         (tune, "tune", "times tile sizes of the kernels on a new GPU and prints their table"),
     ):

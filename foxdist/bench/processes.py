@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from foxdist import mesh as meshes
 from foxdist.config import ConfigError
@@ -36,6 +37,9 @@ class OutOfMemory(RankError):
 
 class Processes:
     """`Processes(ranks)(fn, argument)`: what `fn(argument)` returns on rank 0. Both pickle: `fn` is a module's own."""
+
+    first = True
+    """Whether this process speaks for all ranks."""
 
     def __init__(self, ranks: int):
         self._ranks = ranks
@@ -98,6 +102,34 @@ class Processes:
         return [answers[rank] for rank in range(self._ranks)]
 
 
+class Launched:
+    """The same interface on the ranks of a launcher, of which this process is one. Every rank calls, and gets what `fn`
+    returns there. Where one fails the others wait for it in vain: that is the launcher's to end."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0. Known after a call."""
+        return dist.is_initialized() and dist.get_rank() == 0
+
+    def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
+        """Raises as `Processes` does, on the rank where it happened."""
+        try:
+            return fn(argument)
+        except Exception as error:
+            self._failed = True
+            if isinstance(error, ConfigError):
+                raise
+            raise _kind(error)(traceback.format_exc()) from error
+
+    def stop(self) -> None:
+        """Leaves the process group, all ranks together, if all of them can."""
+        if not self._failed:
+            meshes.stop()
+
+
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however this ends: no rank stays behind with its GPU
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
@@ -112,13 +144,15 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         except ConfigError as error:
             pipe.send((ConfigError, str(error), 0))
         except Exception as error:
-            pipe.send((OutOfMemory if _out_of_memory(error) else RankError, traceback.format_exc(), 0))
+            pipe.send((_kind(error), traceback.format_exc(), 0))
         else:
             pipe.send((None, value, torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Torch's own, and what Triton, NCCL and cuBLAS raise in its place."""
+def _kind(error: Exception) -> type[RankError]:
+    """Torch's own errors of memory, and what Triton, NCCL and cuBLAS raise in their place, are `OutOfMemory`."""
     text = str(error).lower()
     known = ("out of memory", "alloc_failed", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in text for words in known)
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in known):
+        return OutOfMemory
+    return RankError

@@ -1,4 +1,5 @@
-"""Training on random tokens, timed: python -m foxdist.bench train. It starts its ranks itself, on this host.
+"""Training on random tokens, timed: python -m foxdist.bench train. It starts its ranks itself, on this host, or is
+started on all of them by a launcher, on many hosts.
 
 Every combination of the options is a row of the table. What runs out of memory says so in its row, and the rest goes
 on. With --longest, instead of times, the longest sequence that trains.
@@ -20,7 +21,7 @@ from foxdist import mesh as meshes
 from foxdist.bench import train_report as report
 from foxdist.bench.cells import GATES, Cell, look, measure
 from foxdist.bench.gates import REGIMES
-from foxdist.bench.processes import OutOfMemory, Processes, RankError
+from foxdist.bench.processes import Launched, OutOfMemory, Processes, RankError
 from foxdist.options import positive
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,36 +79,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Prints the table, and writes it after every row. 1 if something but memory failed.
+    """Prints the table, and writes it after every row. 1 if something but memory failed, or a launcher's rank.
 
     Raises `ValueError` for a mistake in the options or the configuration.
     """
-    if meshes.world_from_environment() > 1:
-        raise ValueError("train: started on several ranks by a launcher; must be one process; use --ranks N")
-    ranks = chosen.ranks or max(chosen.cp)
-    _check(chosen, ranks)
+    launched = meshes.world_from_environment() > 1
+    ranks = meshes.world_from_environment() if launched else chosen.ranks or max(chosen.cp)
+    _check(chosen, ranks, launched)
     points = list(_points(chosen))
     cells = [_cell(point, length, ranks, chosen) for point in points for length in _lengths(point, chosen)]
     for cell in cells:
         _check_gates(cell)
-    if chosen.profile and (chosen.longest or len(cells) > 1):
-        raise ValueError(f"--profile {chosen.profile}: of {len(cells)} configurations; must be one; choose one")
-    if chosen.profile and not chosen.profile.absolute().parent.is_dir():
-        raise ValueError(f"--profile {chosen.profile}: its folder does not exist; must do so; make it first")
+    _check_cells(chosen, cells, ranks, launched)
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
-    call = Processes(ranks)
+    call = Launched() if launched else Processes(ranks)
     try:
         result: dict[str, Any] = {"setup": call(look, cells) | _setup(chosen, ranks, cells), "rows": []}
         for row in _rows(points, chosen, ranks, call):
             result["rows"].append(row)
-            if chosen.output:
+            # Of a launcher's ranks the one that fails may be the only one that gets so far.
+            if chosen.output and (call.first or row["failed"]):
                 report.write(chosen.output, result)
+        if call.first:
+            print(report.markdown(result))
     finally:
         call.stop()
-    print(report.markdown(result))
-    broken = [row for row in result["rows"] if row["failed"] not in (None, report.OUT_OF_MEMORY)]
-    return 1 if broken else 0
+    # A launcher ends ranks that wait for one that failed only if that one says so.
+    fine = (None,) if launched else (None, report.OUT_OF_MEMORY)
+    return 1 if any(row["failed"] not in fine for row in result["rows"]) else 0
 
 
 def _points(chosen: argparse.Namespace) -> Iterator[Point]:
@@ -152,10 +152,12 @@ def _file(model: str) -> Path:
     return path
 
 
-def _check(chosen: argparse.Namespace, ranks: int) -> None:
+def _check(chosen: argparse.Namespace, ranks: int, launched: bool) -> None:
     """Mistakes that no configuration sees. Does not touch a GPU: what this process holds there, no rank can have."""
+    if launched and chosen.ranks not in (None, ranks):
+        raise ValueError(f"--ranks {chosen.ranks}: the launcher started {ranks}; must be that many; leave it out")
     gpus = torch.cuda.device_count()
-    if gpus and ranks > gpus:
+    if not launched and gpus and ranks > gpus:
         raise ValueError(f"--ranks {ranks}: this host has {gpus} GPUs; must be at most that; lower --ranks or --cp")
     for cp in chosen.cp:
         if ranks % cp:
@@ -169,6 +171,21 @@ def _check(chosen: argparse.Namespace, ranks: int) -> None:
     if chosen.longest and chosen.up_to < UNIT * max(chosen.cp):
         least = UNIT * max(chosen.cp)
         raise ValueError(f"--up-to {chosen.up_to}: shorter than the first sequence; must be at least {least}; raise it")
+
+
+def _check_cells(chosen: argparse.Namespace, cells: list[Cell], ranks: int, launched: bool) -> None:
+    """Where there must be no more than one."""
+    many = chosen.longest or len(cells) > 1
+    if launched and many:
+        what = "--longest" if chosen.longest else f"{len(cells)} configurations"
+        raise ValueError(
+            f"train: {what} on {ranks} ranks of a launcher; must be one configuration, for ranks that fail cannot be "
+            "started again here; call it for each"
+        )
+    if chosen.profile and many:
+        raise ValueError(f"--profile {chosen.profile}: of {len(cells)} configurations; must be one; choose one")
+    if chosen.profile and not chosen.profile.absolute().parent.is_dir():
+        raise ValueError(f"--profile {chosen.profile}: its folder does not exist; must do so; make it first")
 
 
 def _check_gates(cell: Cell) -> None:
@@ -196,7 +213,7 @@ def _setup(chosen: argparse.Namespace, ranks: int, cells: list[Cell]) -> Row:
     }
 
 
-def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Processes) -> Iterator[Row]:
+def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Processes | Launched) -> Iterator[Row]:
     """One after the other, each as soon as it is measured."""
     for point in points:
 
@@ -209,7 +226,7 @@ def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Pro
             yield from map(measured, _lengths(point, chosen))
 
 
-def _row(point: Point, length: int, cell: Cell, call: Processes) -> Row:
+def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> Row:
     row = vars(point) | {"tokens": length, "failed": None}
     label = ", ".join(f"{name} {value}" for name, value in row.items() if name != "failed")
     print(f"measuring {label}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 SECONDS_TO_SIZE = 60.0
+NUMBERS = 1000  # of shared memory: more than a process ever makes
 _library: torch.library.Library | None = None  # the declarations live as long as this object
 
 
@@ -61,10 +62,12 @@ def number_shared_memory_from(start: int) -> None:
 
     streaming takes the first number from 0 that looks free on the node. So two jobs that start together take the same
     one, and the names of a killed job are removed a moment later, when the next job may have taken its number: among
-    them the name of the position to resume from, without which it starts over. Random starts keep jobs apart.
+    them the name of the position to resume from, without which it starts over. Random starts keep jobs apart. Nodes of
+    one job may share their memory, as containers of a host can: each has its own numbers.
     """
     import_streaming()
     from streaming.base.shared import prefix
+    from streaming.base.world import World
 
     assert callable(prefix._each_prefix_int)  # private: a release without it must not go unnoticed
-    prefix._each_prefix_int = partial(itertools.count, start)
+    prefix._each_prefix_int = partial(itertools.count, start + NUMBERS * World.detect().node)
