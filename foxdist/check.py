@@ -1,18 +1,20 @@
 """What a configuration means before anything runs: mesh, parameters, tokens, memory. For `train.py --check`."""
 
+from foxdist import shares
 from foxdist.attention.predict import choose_layout
 from foxdist.config import Config, check_world, dump
 from foxdist.layout import BLOCK, chunk_count
 from foxdist.model import flops_per_token, parameter_count
 
 GIB = 2**30
-# Bytes a token that a block's backward needs: (for each hidden dimension, for each of the MLP's). Counted from the
-# operations; a FoX (Pro) 125M in bf16 at 8,192 tokens a rank measured 7.1 GiB where this gives 7.4.
+# Bytes a token that a block's backward needs, (for each hidden dimension, for each of the MLP's), by `train.compile`.
+# Eager: counted from the operations; a FoX (Pro) 125M in bf16 at 8,192 tokens a rank measured 7.1 GiB where this gives
+# 7.4. Compiled: see foxdist/compiling.py; a 760M at 16,384 tokens measured 16.7 GiB, with its head, for 15.4 here.
 KEPT_BYTES = {
-    ("pro", "bf16"): (76, 12),
-    ("pro", "fp32"): (100, 24),
-    ("llama", "bf16"): (24, 12),
-    ("llama", "fp32"): (40, 24),
+    ("pro", "bf16"): {False: (76, 12), True: (18, 4)},
+    ("pro", "fp32"): {False: (100, 24), True: (36, 8)},
+    ("llama", "bf16"): {False: (24, 12), True: (12, 4)},
+    ("llama", "fp32"): {False: (40, 24), True: (24, 8)},
 }
 
 
@@ -36,6 +38,7 @@ def describe(config: Config, world: int) -> str:
         f"compute     {(matrices + attention) / 1e9:.2f} GFLOP a token, "
         f"{100 * attention / (matrices + attention):.0f} % of it attention counted dense",
         *_memory(config, world, parameters),
+        f"disk        {shares.BYTES * parameters / GIB:.2f} GiB a checkpoint; {config.checkpoint.keep} are kept",
     ]
     return "\n".join(lines)
 
@@ -58,7 +61,7 @@ def _memory(config: Config, world: int, parameters: int) -> list[str]:
     """GiB a rank, to first order: what ZeRO keeps, and what backward needs of the forward."""
     stage, bf16 = config.parallel.zero, config.train.precision == "bf16"
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // config.parallel.cp
-    hidden, width = KEPT_BYTES[model.kind, config.train.precision]
+    hidden, width = KEPT_BYTES[model.kind, config.train.precision][config.train.compile]
     block = hidden * model.hidden + width * model.mlp_width
     size = 2 if bf16 else 4
     # With checkpointing a block keeps its input, attention's output and its float32 lse; one block at a time is whole.

@@ -119,7 +119,7 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(model.groups, model.head_dim, model.qk_norm_eps)
             self.output_norm = HeadNorm(model.heads, model.head_dim, model.norm_eps)
             self.output_gate = nn.Linear(hidden, hidden, bias=False)
-        self.meter = Meter(model.heads)
+        self.meter = Meter(model.heads, model.groups)
         self.certify = 0
         """Queries of each rank on which the next forwards measure what pruning takes; see `Acp.certify`."""
 

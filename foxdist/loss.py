@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORE = -100  # a label without a target
-# Of one chunk of tokens: 128 MiB in float32 on a CPU, 512 MiB in bfloat16 on a GPU, whose every chunk reads and writes
+# Of one chunk of tokens: 128 MiB in float32 on a CPU, 256 MiB in bfloat16 on a GPU, whose every chunk reads and writes
 # the weight's gradient (0.3 GB for 50,257 x 1,536) and whose products want many rows.
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
 ALIGNED = {"cpu": 1, "cuda": 64}  # rows of the weight, on a GPU: else rows of logits begin at odd addresses
 
 
@@ -61,6 +61,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if learn:
                 d_hidden[at : at + size] = logits @ table
                 d_table += logits.T @ x
+            del logits  # before the next chunk's are made
         if learn:
             ctx.save_for_backward(d_hidden, d_table[:vocab].to(weight.dtype))
         return loss

@@ -21,7 +21,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,7 +93,8 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
                 "must be a port that no other job uses; choose another (deepspeed --master_port N, torchrun "
                 "--standalone), or end what is left of a killed job"
             ) from None
-    groups = [dist.new_group(range(at, at + cp), timeout=timeout) for at in range(0, world, cp)]
+    urgent = _urgent(timeout) if gpu else None
+    groups = [dist.new_group(range(at, at + cp), timeout=timeout, pg_options=urgent) for at in range(0, world, cp)]
     return Mesh(rank, world, local, cp, device, groups[rank // cp])
 
 
@@ -159,6 +160,14 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def _urgent(timeout: timedelta) -> Any:
+    """NCCL's options for a stream of high priority: its kernels get the next free processors, where attention's, which
+    stay until all tiles are done, would keep messages waiting."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options
 
 
 def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:

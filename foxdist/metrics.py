@@ -94,11 +94,14 @@ def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
     """A step's traffic; totals are over all ranks, lists hold one number a rank or a layer."""
     total = sum((counts.traffic for counts in layers), Traffic())
     by_layer = [counts.traffic.bytes_sent for counts in layers]
-    mine = torch.tensor([*astuple(total), *by_layer], dtype=torch.float64, device=mesh.device) / steps
+    mine = torch.tensor([*astuple(total), *by_layer], dtype=torch.float64, device=mesh.device)
+    by_head = torch.stack([counts.needed_by_head.double().to(mesh.device) for counts in layers])  # [L, K]
+    mine = torch.cat([mine, by_head.flatten()]) / steps
     every = [torch.empty_like(mine) for _ in range(mesh.world)]
     dist.all_gather(every, mine)
     table = torch.stack(every).T.cpu()
     of = dict(zip(asdict(total), table))
+    first = len(of) + len(layers)  # number of a layer and head
     sent, dense, causal, needed = (of[f"bytes_{name}"] / MIB for name in ("sent", "dense", "causal", "needed"))
     return {
         "comm/kv_sent(MiB)": float(sent.sum()),
@@ -112,7 +115,8 @@ def _traffic(layers: list[Counts], steps: int, mesh: Mesh) -> dict[str, Any]:
         "comm/pairs_skipped_of_causal(%)": _skipped(of["pairs_sent"], of["pairs_causal"]),
         "comm/stages_skipped(%)": _skipped(of["stages_run"], of["peers"]),
         "comm/stages_skipped_of_causal(%)": _skipped(of["stages_run"], of["stages_causal"]),
-        "comm/kv_sent_by_layer(MiB)": _rounded(table[-len(layers) :].sum(1) / MIB),
+        "comm/kv_sent_by_layer(MiB)": _rounded(table[len(of) : first].sum(1) / MIB),
+        "comm/kv_needed_by_head(MiB)": _rounded(table[first:].sum(1).view_as(by_head) / MIB),
         "comm/kv_sent_by_rank(MiB)": _rounded(sent),
         "comm/kv_skipped_by_rank(MiB)": _rounded(dense - sent),
         "comm/kv_skipped_of_causal_by_rank(MiB)": _rounded(causal - sent),

@@ -37,8 +37,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, model: Model, acp: Acp | None, cp: ContextParallel | None):
+    def __init__(self, model: Model, acp: Acp | None, cp: ContextParallel | None, activation_checkpointing: bool):
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.attention_norm = RMSNorm(model.hidden, model.norm_eps)
         self.attention = Attention(model, acp, cp)
         self.mlp_norm = RMSNorm(model.hidden, model.norm_eps)
@@ -48,6 +49,20 @@ class Block(nn.Module):
         self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None
     ) -> tuple[torch.Tensor, Counted]:
         """As `Attention.forward`, whose counts it passes on."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return self._layer(x, starts, where)
+        # In here, so that a compiled block does not compute again what backward has no use for, as its own output.
+        return checkpoint(
+            self._layer,
+            x,
+            starts,
+            where,
+            use_reentrant=False,
+            context_fn=compiled_checkpoint_contexts if torch.compiler.is_compiling() else checkpoint_contexts,
+            preserve_rng_state=False,  # no dropout
+        )
+
+    def _layer(self, x: torch.Tensor, starts: torch.Tensor, where: torch.Tensor | None) -> tuple[torch.Tensor, Counted]:
         y, counted = self.attention(self.attention_norm(x), starts, where)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), counted
@@ -78,9 +93,8 @@ class FoX(nn.Module):
     ):
         super().__init__()
         self.config, self.cp = model, cp
-        self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(model.vocab, model.hidden)
-        self.blocks = nn.ModuleList(Block(model, acp, cp) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, acp, cp, activation_checkpointing) for _ in range(model.layers))
         self.head = Head(model)
         self.apply(self._initialise)
 
@@ -90,18 +104,7 @@ class FoX(nn.Module):
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             progress.enter("forward", i)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, counted = checkpoint(
-                    block,
-                    x,
-                    starts,
-                    where,
-                    use_reentrant=False,
-                    context_fn=compiled_checkpoint_contexts if torch.compiler.is_compiling() else checkpoint_contexts,
-                    preserve_rng_state=False,  # no dropout
-                )
-            else:
-                x, counted = block(x, starts, where)
+            x, counted = block(x, starts, where)
             progress.enter_backward(i, x)
             block.attention.meter.add(counted)
         progress.enter("forward")

@@ -127,9 +127,11 @@ def summary(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """One picture: loss, kept tiles, K/V traffic, the window of every head at the end, its tiles over the run."""
+    """One picture: loss, kept tiles, K/V traffic, every head's window at the end, its tiles and K/V over the run."""
+    traffic = _traffic_of_heads(rows)
+    below = ["heads", "heads" if traffic is None else "pages"]
     figure, axes = plt.subplot_mosaic(
-        [["loss", "tiles"], ["traffic", "windows"], ["heads", "heads"]], figsize=(11, 12), layout="constrained"
+        [["loss", "tiles"], ["traffic", "windows"], below], figsize=(11, 12), layout="constrained"
     )
     steps = [row["step"] for row in rows]
     axes["loss"].plot(steps, [row["loss"] for row in rows], color="black", linewidth=1.2)
@@ -137,8 +139,12 @@ def draw(rows: Rows, path: Path) -> None:
     _draw_tiles(axes["tiles"], steps, rows)
     _draw_traffic(axes["traffic"], steps, rows)
     _draw_windows(axes["windows"], rows[-1])
-    _draw_heads(axes["heads"], rows, _tiles_of_heads(rows).min())
+    tiles = _tiles_of_heads(rows)
+    _draw_heads(axes["heads"], rows, tiles, tiles.min())
     axes["heads"].set_title("tiles computed, of the causal ones, by layer and head")
+    if traffic is not None:
+        _draw_heads(axes["pages"], rows, traffic, traffic[traffic > 0].min(initial=100.0))
+        axes["pages"].set_title("K/V needed of other ranks, of a dense ring's, by layer and head")
     for name in ("loss", "tiles", "traffic"):
         _open_frame(axes[name])
     figure.savefig(path, dpi=110)
@@ -163,7 +169,7 @@ def compare(runs: dict[str, Rows], path: Path) -> None:
     axes["distance"].set_yscale("log")
     least = min((_tiles_of_heads(rows).min() for rows in pruned.values()), default=100.0)
     for name, rows in pruned.items():
-        _draw_heads(axes[f"heads of {name}"], rows, least)
+        _draw_heads(axes[f"heads of {name}"], rows, _tiles_of_heads(rows), least)
         axes[f"heads of {name}"].set_title(f"tiles computed by layer and head, {name}")
     for panel, (title, unit) in {
         "loss": ("loss", "nats a token"),
@@ -257,18 +263,27 @@ def _tiles_of_heads(rows: Rows) -> np.ndarray:
     return np.array([row["acp/tiles_kept_by_head(%)"] for row in rows])
 
 
-def _draw_heads(axes: Axes, rows: Rows, least: float) -> None:
-    """Every head's tiles over the run: a line of the image for each head, layers from top to bottom.
+def _traffic_of_heads(rows: Rows) -> np.ndarray | None:
+    """[rows, layers, K/V heads]: what ranks need of each other, in percent of a dense ring's; None if nothing is."""
+    name = "comm/kv_needed_by_head(MiB)"
+    if not all(name in row and row["comm/kv_dense(MiB)"] for row in rows):  # an older version did not log it
+        return None
+    needed = np.array([row[name] for row in rows])
+    dense = np.array([row["comm/kv_dense(MiB)"] for row in rows]) / needed[0].size
+    return 100 * needed / dense[:, None, None]
 
-    The scale is logarithmic and runs from `least`, in percent, to 100.
+
+def _draw_heads(axes: Axes, rows: Rows, kept: np.ndarray, least: float) -> None:
+    """`kept` [rows, layers, heads], percent, over the run: a line of the image for each head, layers from the top down.
+
+    The scale is logarithmic and runs from `least`, in percent, to 100; what is below has its darkest color.
     """
-    kept = _tiles_of_heads(rows)
     layers, heads = kept.shape[1:]
     least = max(0.01, min(50.0, least))
     image = axes.pcolormesh(
         np.array([0, *(row["step"] for row in rows)]),  # a row speaks for the steps since the row before
         np.arange(layers * heads + 1) / heads,
-        kept.reshape(len(rows), -1).T,
+        kept.reshape(len(rows), -1).T.clip(least),
         cmap="magma",
         norm=LogNorm(vmin=least, vmax=100),
         rasterized=True,

@@ -1,6 +1,7 @@
 """The run folder: what configuration it belongs to, which job trains in it, and where things lie in it."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -8,6 +9,7 @@ import yaml
 
 from foxdist.config import Config, ConfigError, dump
 from foxdist.files import Held, hold, replace_text
+from foxdist.log import log
 
 # What may change between two starts of one run, because it changes neither the model, nor the data, nor the meaning of
 # a step. The length may: a longer run is the usual reason to start again (and it stretches a cosine schedule).
@@ -30,6 +32,8 @@ CHANGEABLE = {
     "train.tokens",
 }
 CHANGEABLE_SECTIONS = {"checkpoint", "metrics"}
+PRIVATE = 0o700
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def check(config: Config) -> None:
@@ -72,7 +76,7 @@ def check(config: Config) -> None:
 
 
 def take(config: Config) -> TextIO:
-    """Makes the folder this job's own; for rank 0.
+    """Makes the folder this job's own; for rank 0. A new one is open to nobody else (0700).
 
     Returns the open lock file. The folder is let go when that is closed or the process ends, however it ends. Raises
     `ConfigError` while another process holds it: ranks live on when their launcher is killed, and two jobs would mix
@@ -80,7 +84,9 @@ def take(config: Config) -> TextIO:
     """
     folder = config.train.run_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        if folder.stat().st_mode & OTHERS_WRITE:
+            log.warning("train.run_dir=%s: others may write into it, and so change the model; chmod go-w it", folder)
         return hold(folder / "lock")
     except Held as other:
         raise ConfigError(

@@ -7,8 +7,8 @@ One rank or many, CPU or GPU, the file and its options are the same. Running the
 `--check` prints what would run, with its arithmetic, looks at data and run folder, and stops; it needs no GPU.
 
 Exit status: 0 at the end, or where a signal or the time limit stopped the run (stopping.py); 2 for a mistake in the
-configuration, 1 for numbers that must not go on and for errors of our own, 75 for a rank or store that was lost
-(watch.py), 130 if interrupted.
+configuration, 1 for numbers that must not go on, for a last checkpoint that cannot be written and for errors of our
+own, 75 for a rank or store that was lost (watch.py), 130 if interrupted.
 """
 
 import argparse
@@ -37,10 +37,12 @@ from foxdist.attention.backends import choose_backend
 from foxdist.attention.exchange import resolve
 from foxdist.attention.predict import choose_layout
 from foxdist.check import describe
+from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
+from foxdist.compiling import compile_blocks
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
-from foxdist.data.loader import Batch, Loader, steps_per_epoch
+from foxdist.data.loader import Batch, Loader, next_of_all, steps_per_epoch
 from foxdist.guard import Guard, GuardError, check_plans, check_pruned, check_update
 from foxdist.layer import pruning
 from foxdist.layout import shard
@@ -120,11 +122,11 @@ def _run(chosen: argparse.Namespace, listener: Listener) -> int:
         stop = Stop(listener, end_time())
         mesh = meshes.start(config.parallel.cp, config.parallel.timeout_minutes)
         log.set_up(mesh.rank, mesh.world, mesh.cp_rank, mesh.cp)
-        with Watch(mesh, config, alike=(ConfigError, GuardError)) as watch:
+        with Watch(mesh, config, alike=(ConfigError, GuardError, SaveError)) as watch:
             train(build(config, mesh, stop, watch))
     except ConfigError as error:  # the user's to mend; anything else is ours, and keeps its traceback
         return _fail(error, 2)
-    except GuardError as error:
+    except (GuardError, SaveError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command continues from the newest checkpoint", 130)
@@ -256,8 +258,7 @@ def make_trainer(model: FoX, config: Config, mesh: Mesh) -> Trainer:
     _, accumulation = configuration.check_world(config, mesh.world)
     engine = make_engine(model, make_optimizer(model, config.optim, mesh.device), config, accumulation)
     if config.train.compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True)  # in place: parameters keep their names, so checkpoints stay the same
+        compile_blocks(model)
     return Trainer(config, mesh, accumulation, model, engine, Guard(model, mesh.device), Clock(mesh.device))
 
 
@@ -277,6 +278,7 @@ def train(run: Run) -> None:
 def make_steps(run: Run) -> None:
     """The loop: a step, now and then a log entry, now and then a checkpoint."""
     config, first = run.config, run.step
+    checkpoint.check_place(run.engine, run_folder.checkpoints(config.train.run_dir), run.mesh)
     meshes.on_rank_0(lambda: run_folder.record(config))
     sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
@@ -303,17 +305,13 @@ def make_steps(run: Run) -> None:
 def train_step(run: Trainer, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns, on the device and over all ranks, the sum of losses and the number of targets.
 
-    The host waits for the device where each layer's plan is read, where the guard looks at its flags before the update,
-    and where DeepSpeed's gradient norm and the votes on stopping are looked at after it.
+    The host waits for the device where targets are counted, where each layer's plan is read, where the guard looks at
+    its flags before the update, and where DeepSpeed's gradient norm and the votes on stopping are looked at after it.
     """
     config, mesh, engine = run.config, run.mesh, run.engine
     progress.begin(run.step + 1)
     with run.clock.part("data"):
-        batch = next(batches)
-        # Every rank of a cp group counts the same sequences, hence / cp.
-        targets = torch.tensor(batch.targets() / mesh.cp, dtype=torch.float64, device=mesh.device)
-        with progress.exchange("count of targets"):
-            dist.all_reduce(targets)
+        batch, targets = next_of_all(batches, mesh)
     scale = gradient_scale(targets, mesh.world).float()
     run.step += 1
     set_learning_rate(engine, learning_rate(config, run.step * config.train.tokens_per_step))
@@ -386,20 +384,30 @@ def save(run: Run) -> float:
     """A checkpoint of the step just made, and how many seconds it took; every rank calls.
 
     Then ranks vote on stopping: a signal that came meanwhile ends the run here rather than a step and a saving later.
+    A checkpoint that cannot be written raises `SaveError` if the run ends here, and is said loudly if not: the job goes
+    on to the next interval, since a full disk at night is no reason to throw away what is computed until morning.
     """
     config, begun = run.config, time.perf_counter()
     progress.enter("checkpoint", timed=False)
-    checkpoint.save(
-        run.engine,
-        run_folder.checkpoints(config.train.run_dir),
-        run.mesh,
-        step=run.step,
-        stage=config.parallel.zero,
-        data=run.loader.state(),
-        keep=config.checkpoint.keep,
-    )
-    run.stop.saved(time.perf_counter() - begun)
+    failed: SaveError | None = None
+    try:
+        checkpoint.save(
+            run.engine,
+            run_folder.checkpoints(config.train.run_dir),
+            run.mesh,
+            step=run.step,
+            stage=config.parallel.zero,
+            data=run.loader.state(),
+            keep=config.checkpoint.keep,
+        )
+        run.stop.saved(time.perf_counter() - begun)
+    except SaveError as error:
+        failed = error
     run.stop.agree(run.mesh)
+    if failed and (run.stop.why or run.step == config.total_steps):
+        raise failed
+    if failed:
+        log.log.error("%s; TRAINING GOES ON and saves again after %d steps", failed, config.checkpoint.every)
     return time.perf_counter() - begun
 
 

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from foxdist import shares
 from foxdist.config import Config
+from foxdist.shares import Flat, Piece
 
 
 def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, accumulation: int) -> Any:
@@ -36,7 +39,9 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # Stage 1 adds each gradient to its float32 sum as soon as it is made, and lets go of it: else all of them stay
+        # beside the sums (1.4 GiB of 760M).
+        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": config.parallel.zero},
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own is compiled at first use (minutes)
@@ -44,57 +49,100 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
     }
 
 
-def save(engine: Any, folder: Path) -> None:
-    """Writes parameters and this rank's share of the optimizer into `folder`; every rank calls."""
-    with _quiet():
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+def save(engine: Any, folder: Path) -> list[Path]:
+    """Writes this rank's share of parameters and optimizer into `folder`; returns its files. Raises `shares.REFUSED`.
+
+    Talks to no other rank, so a rank may fail alone. Call between updates, and not before the first.
+    """
+    held, shapes = _held(engine)
+    states = [engine.optimizer.optimizer.state[master] for master, _ in held]
+    flats = [
+        Flat(pieces, {"master": master, **{kind: state[kind] for kind in shares.MOMENTS}})
+        for (master, pieces), state in zip(held, states)
+    ]
+    return shares.write(folder, dist.get_rank(), flats, shapes, int(states[0]["step"]))
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Restores what `save` wrote, on as many ranks and in the same stage; every rank calls."""
-    with _quiet():
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    """Restores what `save` wrote, on any number of ranks and in any stage, to the same numbers; every rank calls.
 
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's parameters that `save` wrote, float32 on the CPU; on one process, whatever ranks and stage saved."""
-    import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    shares = _bf16_shares(folder)
-    if shares:
-        return _joined(shares, folder)
-    with _quiet():
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-
-
-def _bf16_shares(folder: Path) -> list[dict[str, Any]]:
-    """Each rank's optimizer state, in rank order, where stage 1 in bf16 wrote it: DeepSpeed has an optimizer of its own
-    for that, whose files its own conversion does not know. Empty in all other cases.
-
-    Unpickles, as DeepSpeed's conversion does: the caller has checked the files against their manifest.
+    Masters and moments go straight into the engine. DeepSpeed's universal checkpoint would write everything once more,
+    with a converter for each family of stages, read whole parameters on every rank, and in stage 3 give all groups of
+    parameters the first one's weight decay (0.19.8). Loss scale and counters, which its own files hold too, are
+    constants here or not used.
     """
-    files = folder.glob("bf16_zero_pp_rank_*_optim_states.pt")
-    shares = []
-    for path in sorted(files, key=lambda path: int(path.name.split("_")[4])):
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
-        if "param_slice_mappings" not in state or "zero_stage" in state:
-            return []
-        shares.append(state)
-    return shares
+    adam, flats = engine.optimizer.optimizer, []
+    for master, pieces in _held(engine)[0]:
+        moments = {kind: torch.zeros_like(master) for kind in shares.MOMENTS}
+        flats.append(Flat(pieces, {"master": master.detach(), **moments}))
+        adam.state[master] = moments
+    updates = float(shares.fill(folder, dist.get_rank(), flats))
+    for state in adam.state.values():
+        # As AdamW makes it: the fused one counts on the device.
+        state["step"] = torch.tensor(updates, device=state["exp_avg"].device if adam.defaults["fused"] else "cpu")
+    with torch.no_grad():
+        _round_to_parameters(engine)
 
 
-def _joined(shares: list[dict[str, Any]], folder: Path) -> dict[str, torch.Tensor]:
-    """Parameters from the pieces that ranks hold: each rank says where in its flat groups which piece lies."""
-    pieces: dict[str, list[torch.Tensor]] = {}
-    for state in shares:
-        for flat, places in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"]):
-            for name, place in places.items():
-                pieces.setdefault(name, []).append(flat[place.start : place.start + place.numel])
-    model = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=False)
-    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    return {name: torch.cat(pieces[name]).view(shape) for name, shape in shapes.items()}
+def checkpoint_bytes(engine: Any) -> int:
+    """What the files of all ranks take together, but for padding and headers."""
+    return shares.BYTES * sum(_size(p) for p in engine.module.parameters())
+
+
+def _held(engine: Any) -> tuple[list[tuple[torch.Tensor, list[Piece]]], dict[str, tuple[int, ...]]]:
+    """This rank's masters and where pieces of parameters lie in them, and the shapes of those parameters.
+
+    Stage 3 cuts each parameter into as many equal parts as there are ranks, the last ones shorter or empty, and lays
+    one rank's parts out one after the other, in some groups. The other stages, and the optimizer of its own that
+    DeepSpeed has for stage 1 in bf16, lay whole groups out and cut them, and each parameter knows its piece.
+    """
+    names = {p: name for name, p in engine.module.named_parameters()}
+    optimizer, rank = engine.optimizer, dist.get_rank()
+    pieces: list[list[Piece]] = []
+    if _partitioned(engine):
+        masters = optimizer.fp32_partitioned_groups_flat
+        for group in optimizer.fp16_groups:
+            at, found = 0, []
+            for p in group:
+                part = p.partition_numel()
+                size = min(part, p.ds_numel - rank * part)
+                if size > 0:
+                    found.append(Piece(names[p], rank * part, at, size))
+                at += part
+            pieces.append(found)
+    else:
+        masters = [group["params"][0] for group in optimizer.optimizer.param_groups]
+        pieces = [[] for _ in masters]
+        for p, name in names.items():
+            if (here := p._hp_mapping) is not None:
+                place = here.hp_fragment_address
+                pieces[here.param_group_index].append(
+                    Piece(name, here.lp_fragment_address.start, place.start, place.numel)
+                )
+    held = {piece.name for found in pieces for piece in found}
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in names.items() if name in held}
+    return list(zip(masters, pieces)), shapes
+
+
+def _round_to_parameters(engine: Any) -> None:
+    """Makes the parameters that the model computes with from the masters; every rank calls."""
+    optimizer = engine.optimizer
+    if not _partitioned(engine):
+        optimizer.update_lp_params()
+        return
+    optimizer.checkpoint_event_prologue()  # small parameters, which are kept whole, are cut up as the others are
+    for i in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(i)
+    optimizer.checkpoint_event_epilogue()
+
+
+def _partitioned(engine: Any) -> bool:
+    """Whether it is stage 3."""
+    return engine.zero_optimization_partition_weights()
+
+
+def _size(p: torch.nn.Parameter) -> int:
+    return getattr(p, "ds_numel", p.numel())
 
 
 def _quiet() -> contextlib.redirect_stdout:

@@ -1,5 +1,6 @@
 """Small data folders and configurations for tests that train."""
 
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
+from foxdist.data.folder import open_folder
+from foxdist.data.loader import Loader
 from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
 
@@ -95,6 +98,28 @@ def go(rank, size, values):
     return "\n".join(said)
 
 
+def read(rank, size, data, cp, batch, steps, state, workers=0):
+    """Steps' sequences of this rank as lists of bytes, and the state after each."""
+    prepared = open_folder(data)
+    dp = size // cp
+    loader = Loader(data, prepared, batch=batch // dp, global_batch=batch, cp=cp, shuffle=True, seed=5, workers=workers)
+    if state:
+        loader.restore(state)
+    taken, states = [], []
+    for _, batch_ in zip(range(steps), loader):
+        taken.append([row.numpy().tobytes() for row in batch_.labels])
+        states.append(loader.state())
+    return taken, states
+
+
+def by_step(answers, cp):
+    """The set of sequences of each step, over data-parallel groups; ranks of a cp group must agree."""
+    for rank, (taken, _) in enumerate(answers):
+        assert taken == answers[rank - rank % cp][0], "ranks of a cp group differ"
+    groups = [answers[r][0] for r in range(0, len(answers), cp)]
+    return [sorted(itertools.chain(*(g[i] for g in groups))) for i in range(len(groups[0]))]
+
+
 def write_yaml(folder, values):
     """The configuration as a file; YAML reads JSON."""
     path = folder / "config.yaml"
@@ -110,10 +135,10 @@ def command(config, *overrides, ranks=1):
     return [*launcher, str(TRAIN), "--config", str(config), *overrides]
 
 
-def launch(config, *overrides, ranks=1, expect=0):
+def launch(config, *overrides, ranks=1, expect=0, **how):
     """Runs training to its end and returns what it printed."""
     done = subprocess.run(
-        command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment()
+        command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment(), **how
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -370,7 +370,7 @@ def test_weights_come_from_the_newest_good_checkpoint(trained, tmp_path):
     """A damaged one is passed over and left where it is; a half-written one, too."""
     root = run_folder.checkpoints(shutil.copytree(trained[0], tmp_path / "run"))
     (root / "step_00000003.unfinished").mkdir()
-    victim = next((root / "step_00000002").glob("*optim_states.pt"))
+    victim = next((root / "step_00000002").glob("master_*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])
     before = sorted(root.rglob("*"))
     assert checkpoint.weights(root)[0] == 1

@@ -109,7 +109,7 @@ def test_a_dry_run_counts_and_prunes_nothing(ranks, size, bound):
 
 
 def test_a_meter_keeps_the_worst():
-    meter, stats = Meter(2), forgetting_attention(*inputs(1, 300, 2), return_stats=True)[1]
+    meter, stats = Meter(2, 2), forgetting_attention(*inputs(1, 300, 2), return_stats=True)[1]
     meter.add(stats.counted)
     assert meter.take().pruned.isnan().all()
     for worst in ([0.1, 0.3], [0.2, 0.1]):
@@ -120,7 +120,7 @@ def test_a_meter_keeps_the_worst():
 
 class Layer:
     def __init__(self, worst):
-        self.meter = Meter(len(worst))
+        self.meter = Meter(len(worst), len(worst))
         self.meter.pruned.copy_(torch.tensor(worst))
 
 

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, ring
 from foxdist.attention.exchange import resolve
 from foxdist.attention.transport import Swap
+from foxdist.compiling import compile_blocks
 from foxdist.layout import shard
+from foxdist.model import FoX
 
 from cases import inputs, relative
 from runs import tree, write_data
@@ -109,7 +111,10 @@ def two_steps(fox, run, data):
             loss = run(*data)
             loss.backward()
     taken = [layer.meter.take() for layer in fox.attention_layers()]
-    counts = [(c.calls, c.kept_by_head.tolist(), c.causal_by_head, c.query_blocks, c.traffic) for c in taken]
+    counts = [
+        (c.calls, c.kept_by_head.tolist(), c.needed_by_head.tolist(), c.causal_by_head, c.query_blocks, c.traffic)
+        for c in taken
+    ]
     return loss.detach(), {n: p.grad.clone() for n, p in fox.named_parameters()}, work, counts
 
 
@@ -282,3 +287,29 @@ def test_training_compiled_gives_the_same_curve_and_continues_either_way(ranks, 
     eager, compiled = ranks(2, train_compiled, values, tmp_path, longer)[0]
     assert len(eager) == len(compiled) == 6
     assert torch.allclose(torch.tensor(eager), torch.tensor(compiled), rtol=1e-5, atol=0)
+
+
+@needs_gxx
+def test_a_compiled_block_keeps_no_more_than_it_must():
+    """What products and foxdist's operators made, and the block's input; nothing that is point-wise work to make again.
+
+    So of a token, in numbers of `hidden`: the input; q; k and v before the shift and after it (4); attention's output;
+    the output gate; the output projection: 9. And gate and up of the MLP, and a few float32 numbers a head.
+    """
+    torch.manual_seed(0)
+    model = FoX(small(hidden=128, mlp_ratio=3.5), acp=Acp()).to(torch.bfloat16)
+    compile_blocks(model)
+    size, tokens, kept = model.config, 512, {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if (where := x.untyped_storage().data_ptr()) not in parameters:
+            kept[where] = x  # alive, so that no other takes its place
+        return x
+
+    x = torch.randn(1, tokens, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.blocks[0](x, torch.zeros(1, tokens, dtype=torch.bool), None)
+    found = sum(x.untyped_storage().nbytes() for x in kept.values()) / tokens
+    least = 2 * (9 * size.hidden + 2 * size.mlp_width)
+    assert least <= found <= least + 64 * size.heads

@@ -23,7 +23,7 @@ from foxdist.data.streaming_import import import_streaming
 from foxdist.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from foxdist.loss import IGNORE
 
-from runs import write_data, write_texts
+from runs import by_step, read, write_data, write_texts
 
 
 @settings(max_examples=100, deadline=None)
@@ -284,28 +284,6 @@ def test_damaged_folders_are_named(tmp_path, damage):
 
 
 # ---- loading
-
-
-def read(rank, size, data, cp, batch, steps, state, workers=0):
-    """Steps' sequences of this rank as lists of bytes, and the state after each."""
-    prepared = open_folder(data)
-    dp = size // cp
-    loader = Loader(data, prepared, batch=batch // dp, global_batch=batch, cp=cp, shuffle=True, seed=5, workers=workers)
-    if state:
-        loader.restore(state)
-    taken, states = [], []
-    for _, batch_ in zip(range(steps), loader):
-        taken.append([row.numpy().tobytes() for row in batch_.labels])
-        states.append(loader.state())
-    return taken, states
-
-
-def by_step(answers, cp):
-    """The set of sequences of each step, over data-parallel groups; ranks of a cp group must agree."""
-    for rank, (taken, _) in enumerate(answers):
-        assert taken == answers[rank - rank % cp][0], "ranks of a cp group differ"
-    groups = [answers[r][0] for r in range(0, len(answers), cp)]
-    return [sorted(itertools.chain(*(g[i] for g in groups))) for i in range(len(groups[0]))]
 
 
 def test_order_does_not_depend_on_ranks_and_resumes_across_epochs(ranks, tmp_path):

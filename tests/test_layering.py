@@ -76,6 +76,8 @@ ORDER = [
     "layer",
     "model",
     "optim",
+    "compiling",
+    "shares",
     "zero",
     "data.streaming_import",
     "data.tokenizer",
@@ -139,6 +141,7 @@ FORBIDDEN = {
     "model": {"torch.distributed", "deepspeed", "streaming"},
     "loss": {"torch.distributed", "deepspeed"},
     "optim": {"deepspeed"},
+    "shares": {"torch.distributed", "deepspeed"},
     "metrics": {"deepspeed", "wandb"},
 }
 

@@ -20,6 +20,7 @@ def row(step, sent=1.0, cp=True):
         "acp/window_by_head(tokens)": [[128.0, 256.0], [512.0, 900.0]],
         "comm/kv_sent(MiB)": sent if cp else 0.0,
         "comm/kv_sent_by_layer(MiB)": [0.25 * sent, 0.75 * sent] if cp else [0.0, 0.0],
+        "comm/kv_needed_by_head(MiB)": [[0.0, 0.25 * sent], [0.25 * sent, 0.5 * sent]] if cp else [[0.0, 0.0]] * 2,
         "comm/kv_dense(MiB)": dense,
         "comm/kv_causal(MiB)": dense / 2,
     }
@@ -74,6 +75,9 @@ def test_a_run_is_shown_by_layer_and_head(tmp_path, figures):
     assert curves(traffic) == [(steps, x) for x in ([6.25, 12.5], [18.75, 37.5], [12.5, 25.0], [50.0, 50.0])]
     (image,) = panels["tiles computed, of the causal ones, by layer and head"].collections[:1]
     assert image.get_array().tolist() == [[10.0, 1.0], [10.0, 2.0], [10.0, 3.0], [10.0, 4.0]]
+    (image,) = panels["K/V needed of other ranks, of a dense ring's, by layer and head"].collections[:1]
+    least = 12.5  # of what is not nothing
+    assert image.get_array().tolist() == [[least, least], [least, 25.0], [least, 25.0], [25.0, 50.0]]
     assert image.get_coordinates()[0, :, 0].tolist() == [0, 1, 5], "a row speaks for the steps since the row before"
 
 

@@ -184,10 +184,10 @@ def count_bytes(rank, size, case, layout, schedule, acp):
 
 
 def brute_force_pages(start, kv_heads, size, layout):
-    """[P] K/V pages that ranks need of rank p, tile by tile."""
+    """[P, P, K] K/V pages that rank p hands to another, by head, tile by tile."""
     rows, heads, blocks = start.shape
     own = [set(blocks_of(r, size, blocks, layout).tolist()) for r in range(size)]
-    lent = [0] * size
+    lent = torch.zeros(size, size, kv_heads, dtype=torch.int64)
     for b, k, r in itertools.product(range(rows), range(kv_heads), range(size)):
         wanted = set()
         for h in range(k * heads // kv_heads, (k + 1) * heads // kv_heads):
@@ -195,7 +195,7 @@ def brute_force_pages(start, kv_heads, size, layout):
                 wanted |= set(range(int(start[b, h, m]), m + 1))
         for sender in range(size):
             if sender != r:
-                lent[sender] += len(wanted & own[sender])
+                lent[sender, r, k] += len(wanted & own[sender])
     return lent
 
 
@@ -208,10 +208,12 @@ def test_only_needed_pages_travel(ranks, layout, schedule, kv_heads):
     start = answers[0][1].start
     assert start.max() > 0
     kv, gate = 2 * BLOCK * dim * 4, group * BLOCK * 4
-    lent = brute_force_pages(start, kv_heads, size, layout)
+    by_head = brute_force_pages(start, kv_heads, size, layout)
+    lent = by_head.sum((1, 2)).tolist()
     for rank, (sent, stats) in enumerate(answers):
         assert stats.bytes_sent == lent[rank] * kv
         assert sent["forward"] == lent[rank] * (kv + gate)
+        assert stats.needed_by_head.tolist() == (by_head[:, rank].sum(0) * kv).tolist()
         assert stats.bytes_dense == (size - 1) * 2 * kv_heads * (LENGTH // size // BLOCK) * kv
         assert stats.bytes_sent <= stats.traffic.bytes_causal <= stats.bytes_dense
     # Backward: the same pages again, and every borrowed page's gradients home (a page lent is a page returned).

@@ -148,7 +148,10 @@ def test_a_data_worker_ends_with_its_parent_alone():
         time.sleep(60)
 
     worker = context.Process(target=work)
+    # As a listener does: libraries may start threads in a forked process, which inherit it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
     worker.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         assert ready.wait(10)
         for name in ("TERM", "USR1"):

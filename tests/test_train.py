@@ -128,6 +128,11 @@ def test_metrics_say_what_happened(ranks, data, tmp_path):
     assert sum(last["comm/kv_sent_by_layer(MiB)"]) == pytest.approx(last["comm/kv_sent(MiB)"], abs=1e-4)
     # With nothing pruned, each of the two layers sends what causality needs of it.
     assert dense[-1]["comm/kv_sent_by_layer(MiB)"] == pytest.approx(2 * [0.75 * owned * page], abs=1e-6)
+    needed = torch.tensor(last["comm/kv_needed_by_head(MiB)"])
+    assert needed.shape == (2, 2)
+    assert needed.sum().item() == pytest.approx(last["comm/kv_needed(MiB)"], abs=1e-4)
+    for of_heads in dense[-1]["comm/kv_needed_by_head(MiB)"]:
+        assert of_heads == pytest.approx(2 * [0.375 * owned * page], abs=1e-6)
     assert len(last["comm/kv_skipped_by_rank(MiB)"]) == len(last["comm/stages_skipped_by_rank"]) == 2
     assert dense[-1]["comm/pairs_skipped(%)"] == dense[-1]["comm/stages_skipped_of_causal(%)"] == 0
     heads = torch.tensor(last["acp/tiles_kept_by_head(%)"])

@@ -12,7 +12,7 @@ from foxdist.attention.peer import PeerExchange
 from foxdist.attention.plan import Plan, busy_distances, causal_counts
 from foxdist.attention.stats import Traffic, counts_of, moved_of
 from foxdist.attention.transport import ContextParallel
-from foxdist.layout import blocks_of
+from foxdist.layout import blocks_of, chunk_count, chunks_of
 
 
 def count(
@@ -54,6 +54,25 @@ def _without_pruning(rows: int, heads: int, total: int, cp: ContextParallel, kv:
         pairs_causal=int(np.count_nonzero(everything[cp.rank])),
         stages_causal=busy_distances(everything, cp.rank),
     )
+
+
+def needed_by_head(start: torch.Tensor, cp: ContextParallel, kv_heads: int, kv: int) -> torch.Tensor:
+    """[K] int64 on the device: bytes of K and V that the boundary makes this rank need of others, by K/V head.
+
+    The plan's `need` of one rank (plan.py), as a few small operations. start: [B, H, N]. kv: bytes of a page.
+    """
+    count = chunk_count(cp.size, cp.layout)
+    length = start.shape[-1] // count
+    own = chunks_of(cp.rank, cp.size, cp.layout)
+    chunks = torch.arange(count, device=start.device)
+    need = start.new_zeros(())
+    for mine in own:
+        first = start[:, :, mine * length].unflatten(1, (kv_heads, -1)).amin(2)[..., None]  # [B, K, 1]
+        suffix = ((chunks + 1) * length - first).clamp(0, length)  # of each chunk [B, K, C]
+        need = torch.maximum(need, suffix * (chunks < mine))
+    for mine in own:
+        need = need * (chunks != mine)
+    return need.sum((0, 2)) * kv
 
 
 def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:

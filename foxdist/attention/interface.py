@@ -8,7 +8,7 @@ from foxdist.attention import operators
 from foxdist.attention.acp import Acp
 from foxdist.attention.backends import choose_backend
 from foxdist.attention.boundary import Boundary
-from foxdist.attention.counting import own_blocks
+from foxdist.attention.counting import needed_by_head, own_blocks
 from foxdist.attention.exchange import resolve
 from foxdist.attention.ring import needs_queries
 from foxdist.attention.stats import AttentionStats
@@ -73,7 +73,10 @@ def forgetting_attention(
     if not return_stats:
         return out
     blocks = own_blocks(kept.start.shape[-1], cp, kept.start.device)
-    return out, AttentionStats(kept.start, blocks, counts, moved, pruned, runs.name, runs.reason)
+    needed = kept.start.new_empty(0, dtype=torch.int64)
+    if cp is not None:
+        needed = needed_by_head(kept.start, cp, k.shape[2], 2 * BLOCK * k.shape[3] * k.element_size())
+    return out, AttentionStats(kept.start, blocks, counts, moved, pruned, needed, runs.name, runs.reason)
 
 
 def find_kept(

@@ -69,6 +69,7 @@ class Counted(NamedTuple):
     counts: torch.Tensor
     moved: torch.Tensor
     pruned: torch.Tensor
+    needed_by_head: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,9 @@ class AttentionStats:
     pruned: torch.Tensor
     """[H] float32: the largest weight that pruning took from a sampled query, over the batch and all ranks; [0] where
     `acp.certify` asked for none."""
+    needed_by_head: torch.Tensor
+    """[K] int64 on the device: bytes of K and V that the boundary makes this rank need of others, by K/V head; [0]
+    where one rank has the whole sequence."""
     backend: str
     """The tile implementation that ran."""
     reason: str = ""
@@ -111,7 +115,7 @@ class AttentionStats:
     @property
     def counted(self) -> Counted:
         """What a `Meter` takes."""
-        return Counted(self.kept_by_head, self.counts, self.moved, self.pruned)
+        return Counted(self.kept_by_head, self.counts, self.moved, self.pruned, self.needed_by_head)
 
     @property
     def tiles_kept(self) -> int:
@@ -148,6 +152,8 @@ class Counts:
     traffic: Traffic
     pruned: torch.Tensor
     """[H] float32: the largest weight taken from any sampled query, on the device; NaN if none was measured."""
+    needed_by_head: torch.Tensor
+    """[K] int64, bytes of K and V needed of other ranks, on the device; 0 where one rank has the whole sequence."""
 
 
 class Meter(nn.Module):
@@ -160,12 +166,14 @@ class Meter(nn.Module):
     kept_by_head: torch.Tensor
     moved: torch.Tensor
     pruned: torch.Tensor
+    needed_by_head: torch.Tensor
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, kv_heads: int):
         super().__init__()
         self.register_buffer("moved", torch.zeros(COUNTS, dtype=torch.int64), persistent=False)
         self.register_buffer("pruned", torch.full((heads,), torch.nan), persistent=False)
         self.register_buffer("kept_by_head", torch.zeros(heads, dtype=torch.int64), persistent=False)
+        self.register_buffer("needed_by_head", torch.zeros(kv_heads, dtype=torch.int64), persistent=False)
         self.counts = torch.zeros(COUNTS, dtype=torch.int64, device="cpu")  # no buffer: it stays on the host
 
     def add(self, call: Counted) -> None:
@@ -174,14 +182,17 @@ class Meter(nn.Module):
         self.counts += call.counts
         if len(call.moved):
             self.moved += call.moved
+        if len(call.needed_by_head):
+            self.needed_by_head += call.needed_by_head
         if len(call.pruned):
             self.pruned.copy_(self.pruned.fmax(call.pruned))
 
     def take(self) -> Counts:
         """The counts, which start again from nothing."""
         calls, causal, blocks, *traffic = (self.counts + self.moved.cpu()).tolist()
-        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic), self.pruned.clone())
-        for total in (self.counts, self.moved, self.kept_by_head):
+        on_device = (self.pruned.clone(), self.needed_by_head.clone())
+        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic), *on_device)
+        for total in (self.counts, self.moved, self.kept_by_head, self.needed_by_head):
             total.zero_()
         self.pruned.fill_(torch.nan)
         return taken

@@ -4,15 +4,18 @@ It is written inside `NAME.unfinished` and moved out when it is whole, so a fold
 half-written.
 """
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from foxdist.config import ConfigError
 
 NAME = "foxdist.json"
+HASH = "xxh64"  # of each shard, in index.json
 
 
 class Prepared(BaseModel):
@@ -64,3 +67,22 @@ def open_folder(path: Path) -> Prepared:
                 "restore it, or delete the folder and prepare again"
             )
     return found
+
+
+def check_shard(path: Path, name: str, hashes: dict[str, str]) -> None:
+    """Reads a whole shard against the hash that preparation wrote down. Raises `ConfigError` if it differs.
+
+    hashes: those of `index.json` for it, by algorithm.
+    """
+    expected, algorithm = hashes.get(HASH), cast(Any, xxhash.xxh64)  # whose stubs hashlib's do not know
+    try:
+        with (path / name).open("rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        wrong = "" if found == expected else f"is not what was prepared ({HASH} {found}, not {expected})"
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror})"
+    if wrong:
+        raise ConfigError(
+            f"data.path={path}: shard {name} {wrong}; must be as it was written; restore it from a copy, or prepare "
+            "the same text again elsewhere and copy the shard; the same command then continues"
+        )

@@ -11,7 +11,7 @@ from typing import TextIO
 
 import numpy as np
 
-from foxdist.data.folder import NAME, Prepared, unfinished
+from foxdist.data.folder import HASH, NAME, Prepared, unfinished
 from foxdist.data.packing import Sequence, pack
 from foxdist.data.streaming_import import import_streaming
 from foxdist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -296,7 +296,7 @@ def _write(
     length, dtype = options.sequence_length, "uint16" if tokenizer.vocab <= 2**16 else "uint32"
     columns = {"tokens": f"ndarray:{dtype}:{length}", "starts": "ndarray:int32", "used": "int"}
     with streaming.MDSWriter(
-        out=str(folder), columns=columns, size_limit=options.shard_mib * 2**20, hashes=["xxh64"]
+        out=str(folder), columns=columns, size_limit=options.shard_mib * 2**20, hashes=[HASH]
     ) as writer:
         for sequence in pack(documents, length):
             writer.write(_sample(sequence, length, tokenizer.end, dtype))

@@ -1,0 +1,286 @@
+"""Disks that fill up, folders that turn read-only, shards that change: always the last good state, and words."""
+
+import contextlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from foxdist import checkpoint, run_folder
+from foxdist import config as configuration
+from foxdist import mesh as meshes
+from foxdist import train as training
+from foxdist.data.folder import open_folder
+from foxdist.data.loader import one_sequence
+from foxdist.data.prepare import Options, prepare
+from foxdist.log import log
+
+from runs import go, launch, losses, tree, write_data, write_texts, write_yaml
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("storage") / "data")
+
+
+def configured(data, folder, **changes):
+    chosen = {"checkpoint__every": 2, "train__steps": STEPS, "parallel__cp": 2} | changes
+    values = tree(data, folder, **chosen)
+    values["optim"].update(schedule="constant", warmup_tokens=0)
+    return values
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, data, tmp_path_factory):
+    """Losses of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    ranks(2, go, configured(data, folder))
+    return losses(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB; the checkpoint of the model here takes 0.6."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", folder], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"only root may mount a small file system: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill_up(folder):
+    with (folder / "filler").open("wb", 0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert shutil.disk_usage(folder).free == 0
+
+
+def limit_files(size):
+    """Larger files cannot be written by this process: a full disk that needs no root. -1: no limit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def read_only(root):
+    for options in (["--bind", root, root], ["-o", "remount,ro,bind", root]):
+        subprocess.run(["mount", *options], check=True)
+
+
+# What happens to the folder of checkpoints, and how it ends.
+FAULTS = {
+    "full before": (lambda root: fill_up(root.parent), lambda root: (root.parent / "filler").unlink()),
+    "full within": (lambda root: fill_up(root.parent), lambda root: (root.parent / "filler").unlink()),
+    "read-only": (read_only, lambda root: subprocess.run(["umount", root], check=True)),
+    "refused to rank 1": (lambda root: limit_files(50_000), lambda root: limit_files(-1)),
+}
+
+
+def disturbed(rank, size, values, fault, during):
+    """Trains while the checkpoints of these steps meet a fault. Returns what ended it, errors in the log, and what lay
+    in the folder after each checkpoint."""
+    real, room, seen = checkpoint.save, checkpoint._check_room, {}
+    faulty_rank = 1 if "rank 1" in fault else 0
+    said = []
+    log.error = lambda text, *args: said.append(text % args)
+
+    def save(engine, root, mesh, *, step, **others):
+        hit = step in during
+        if hit and rank == faulty_rank:
+            FAULTS[fault][0](root)
+        torch.distributed.barrier()
+        if fault == "full within":
+            checkpoint._check_room = lambda *_: None
+        try:
+            return real(engine, root, mesh, step=step, **others)
+        finally:
+            torch.distributed.barrier()
+            seen[step] = sorted(p.name for p in root.iterdir()), (root / "latest").read_text().strip()
+            if hit and rank == faulty_rank:
+                FAULTS[fault][1](root)
+
+    checkpoint.save = save
+    config = configuration.parse(values)
+    try:
+        training.train(training.build(config, meshes.start(config.parallel.cp, 2)))
+        return "", said, seen
+    except checkpoint.SaveError as error:
+        return str(error), said, seen
+    finally:
+        checkpoint.save, checkpoint._check_room = real, room
+        del log.error
+
+
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        ("refused to rank 1", "(rank 1: "),
+        ("full before", "(rank 0: [Errno 28] No space left on device)"),
+        ("full within", "No space left on device"),
+        ("read-only", "(rank 0: [Errno 30] Read-only file system: "),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(ranks, data, whole, request, tmp_path, fault, named):
+    """The one before stays, nothing half-written does, all ranks say so, and the next one is written."""
+    disk = tmp_path if "rank 1" in fault else request.getfixturevalue("small_disk")
+    folder = disk / "run"
+    answers = ranks(2, disturbed, configured(data, folder), fault, [4])
+    for ended, said, seen in answers:
+        assert ended == ""
+        assert len(said) == 1
+        assert "the checkpoint of step 4 could not be written" in said[0]
+        assert named in said[0]
+        assert "the newest good checkpoint is step_00000002; TRAINING GOES ON and saves again after 2 steps" in said[0]
+        assert seen[4] == (["latest", "step_00000002"], "step_00000002")
+        assert seen[6] == (["latest", "step_00000002", "step_00000006"], "step_00000006")
+    assert losses(folder) == whole
+
+
+def test_a_last_checkpoint_that_cannot_be_written_ends_all_ranks(ranks, data, whole, tmp_path):
+    """With one text; with room again the same command makes up what was lost."""
+    values = configured(data, tmp_path / "run")
+    answers = ranks(2, disturbed, values, "refused to rank 1", [4, 6])
+    for ended, said, seen in answers:
+        assert "the checkpoint of step 6 could not be written in " in ended
+        assert "(rank 1: Error while serializing: I/O error: File too large" in ended
+        assert "the newest good checkpoint is step_00000002" in ended
+        assert len(said) == 1
+        assert seen[6] == (["latest", "step_00000002"], "step_00000002")
+    assert answers[0][0] == answers[1][0]
+    assert "after step 2" in ranks(2, go, values)[0]
+    assert losses(tmp_path / "run") == whole
+
+
+def test_the_command_says_it_once_and_ends_with_1(data, tmp_path):
+    """A mistake of nobody's configuration, and nothing that a restart mends by itself."""
+    config = write_yaml(tmp_path, configured(data, tmp_path / "run", parallel__cp=1, train__steps=1))
+    said = launch(config, expect=1, preexec_fn=lambda: limit_files(50_000))
+    assert said.count("the checkpoint of step 1 could not be written") == 1
+    assert "Traceback" not in said
+
+
+def test_a_disk_without_room_is_named_before_the_first_step(ranks, data, small_disk):
+    fill_up(small_disk)
+    os.truncate(small_disk / "filler", 3_700_000)
+    for said in ranks(2, go, configured(data, small_disk / "run")):
+        assert "no checkpoint could be written in" in said
+        assert "No space left on device" in said
+        assert "it takes 0.000978 GiB; free there: 0.000" in said
+    assert not (small_disk / "run" / "metrics.jsonl").exists()
+
+
+def test_what_is_in_the_way_of_checkpoints_is_named_before_the_first_step(ranks, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where a folder must go")
+    for said in ranks(2, go, configured(data, tmp_path / "run")):
+        assert "no checkpoint could be written in" in said
+        assert "must be a folder that can be written, with room for one more checkpoint" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- data
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Prepared text in many small shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    texts = write_texts(folder / "texts", 40)
+    prepare(Options(inputs=(texts,), output=folder / "data", sequence_length=512, shard_mib=0.01))
+    assert len(list((folder / "data").glob("*.mds"))) > 20
+    return folder / "data"
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_shard_ends_all_ranks_alike(ranks, shards, tmp_path, workers):
+    """When it is first opened, by one rank of two: before, steps are made, and they can be continued."""
+    data = shutil.copytree(shards, tmp_path / "data")
+    victim = sorted(data.glob("*.mds"))[11]
+    flip(victim, -3)
+    values = tree(data, tmp_path / "run", train__steps=15, train__tokens_per_step=1024, data__workers=workers)
+    values["checkpoint"]["every"] = 1
+    values["optim"].update(schedule="constant", warmup_tokens=0)
+    answers = ranks(2, go, values)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"data.path={data}: shard {victim.name} is not what was prepared (xxh64 ")
+    assert "restore it from a copy" in answers[0]
+    assert "Traceback" not in answers[0]
+    made = len(losses(tmp_path / "run"))
+    assert made < 15
+    shutil.copy(shards / victim.name, victim)
+    said = ranks(2, go, values)[0]
+    assert f"after step {made}" in said or not made
+    assert len(losses(tmp_path / "run")) == 15
+
+
+def test_a_changed_or_lost_shard_is_named_to_who_reads_one_sequence(shards, tmp_path):
+    data = shutil.copytree(shards, tmp_path / "data")
+    prepared = open_folder(data)
+    first, second = sorted(data.glob("*.mds"))[:2]
+    per_shard = json.loads((data / "index.json").read_text())["shards"][0]["samples"]
+    flip(first, 40)
+    second.unlink()
+    with pytest.raises(ValueError, match=rf"{first.name} is not what was prepared .* must be as it was written"):
+        one_sequence(data, prepared, 0)
+    with pytest.raises(ValueError, match=rf"{second.name} cannot be read \(No such file"):
+        one_sequence(data, prepared, per_shard)
+    one_sequence(data, prepared, prepared.sequences - 1)
+
+
+# ---- who else may write, and what that would give him
+
+
+def test_run_folders_are_private(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    run_folder.take(configuration.parse(tree("/data", tmp_path / "new" / "run"))).close()
+    assert stat.S_IMODE((tmp_path / "new" / "run").stat().st_mode) == 0o700
+    assert not caplog.records
+    (tmp_path / "shared").mkdir(mode=0o777)
+    os.chmod(tmp_path / "shared", 0o775)
+    run_folder.take(configuration.parse(tree("/data", tmp_path / "shared"))).close()
+    assert "others may write into it" in caplog.text
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o775
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_loading_runs_nothing_that_files_hold(ranks, data, tmp_path):
+    """Not even if whoever changed a file wrote its hash into the manifest."""
+    values = configured(data, tmp_path / "run", train__steps=2, parallel__cp=1)
+    ranks(1, go, values)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    assert {Path(name).suffix for name in manifest["files"]} == {".safetensors", ".pt"}
+    victim = folder / "random_00000.pt"
+    torch.save(Attack(str(tmp_path / "taken")), victim)
+    manifest["files"][victim.name] = checkpoint._fingerprint(victim)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    values["train"]["steps"] = 3
+    with pytest.raises(AssertionError, match="UnpicklingError"):
+        ranks(1, go, values)
+    assert not (tmp_path / "taken").exists()
+    pickle.loads(pickle.dumps(Attack(str(tmp_path / "taken"))))
+    assert (tmp_path / "taken").exists(), "the attack works where pickles are run"
