@@ -78,7 +78,7 @@ def begin(config: Config, restarts: int) -> Path:
     """
     run_dir = config.train.run_dir
     try:
-        run_dir.mkdir(0o700, parents=True, exist_ok=True)
+        run_dir.mkdir(run_folder.PRIVATE, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"train.run_dir={run_dir}: {error}; must be a folder that can be written; choose another"

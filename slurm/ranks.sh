@@ -12,7 +12,8 @@ source slurm/site.env
 read -ra python <<<"$FOXDIST_WRAP $FOXDIST_PYTHON"
 "${python[@]}" -c '' || fail "FOXDIST_PYTHON=$FOXDIST_PYTHON, FOXDIST_WRAP=$FOXDIST_WRAP: does not run; must be a Python" \
   "that has foxdist; correct slurm/site.env, or run launch/quickstart.sh once, which makes .venv"
-PATH=$(dirname "$FOXDIST_PYTHON"):$PATH # programs of its packages: ninja, wandb
+# Programs of its packages, such as ninja, which compiles extensions.
+if [[ $FOXDIST_PYTHON == */* ]]; then PATH=$(dirname "$FOXDIST_PYTHON"):$PATH; fi
 
 gpus=${SLURM_GPUS_ON_NODE:-0} # of this node; the others are taken to have as many
 per_node=${SLURM_NTASKS_PER_NODE:-$gpus}
