@@ -12,8 +12,6 @@ own, 75 for a rank or store that was lost (watch.py), 130 if interrupted.
 """
 
 import argparse
-import os
-import shutil
 import signal
 import sys
 import time
@@ -33,16 +31,16 @@ from foxdist import checkpoint, log, run_folder
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist.attention import ContextParallel
-from foxdist.attention.backends import choose_backend
 from foxdist.attention.exchange import resolve
 from foxdist.attention.predict import choose_layout
+from foxdist.before_start import check_before_start, check_run
 from foxdist.check import describe
 from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
 from foxdist.compiling import compile_blocks
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import open_folder
-from foxdist.data.loader import Batch, Loader, next_of_all, steps_per_epoch
+from foxdist.data.loader import Batch, Loader, next_of_all
 from foxdist.guard import Guard, GuardError, check_plans, check_pruned, check_update
 from foxdist.layer import pruning
 from foxdist.layout import shard
@@ -53,7 +51,7 @@ from foxdist.model import FoX
 from foxdist.optim import learning_rate, make_optimizer
 from foxdist.options import positive
 from foxdist.progress import progress
-from foxdist.sinks import Sinks, check_wandb
+from foxdist.sinks import Sinks
 from foxdist.stopping import Listener, Stop, end_time
 from foxdist.watch import Watch
 from foxdist.zero import make_engine, set_learning_rate
@@ -138,53 +136,6 @@ def _fail(error: Exception | str, status: int) -> int:
     log.last_words(str(error))
     meshes.leave()
     return status
-
-
-def check_before_start(config: Config, world: int) -> None:
-    """All mistakes that need no process group to be seen. Raises `ConfigError`."""
-    check_run(config, world)
-    check_machine(config)
-
-
-def check_run(config: Config, world: int) -> None:
-    """Mistakes that a machine without GPUs sees, too, before a job waits in a queue. Raises `ConfigError`."""
-    configuration.check_world(config, world)
-    prepared = open_folder(config.data.path)
-    if prepared.sequence_length != config.data.sequence_length:
-        raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length}: {config.data.path} holds sequences of "
-            f"{prepared.sequence_length} tokens; must be equal; set data.sequence_length={prepared.sequence_length} or "
-            f"prepare with --sequence-length {config.data.sequence_length}"
-        )
-    if prepared.vocab > config.model.vocab:
-        raise ConfigError(
-            f"model.vocab={config.model.vocab}: smaller than the {prepared.vocab} tokens of {config.data.path} "
-            f"({prepared.tokenizer} tokenizer); must be at least that; set model.vocab={prepared.vocab}"
-        )
-    steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
-    check_wandb(config)
-    run_folder.check(config)
-
-
-def check_machine(config: Config) -> None:
-    """Mistakes that depend on this machine and on nothing prepared. Raises `ConfigError`."""
-    if config.parallel.transport == "nccl" and not torch.cuda.is_available():
-        raise ConfigError(
-            "parallel.transport=nccl: needs GPUs, and torch finds none; must be auto here; set parallel.transport=auto"
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if config.train.compile and not shutil.which(compiler):
-        raise ConfigError(
-            f"train.compile=true: torch.compile needs a C++ compiler, and {compiler} is not found; must be there; "
-            "install it, name another in the environment variable CXX, or set train.compile=false"
-        )
-    if config.model.backend != "auto":
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            choose_backend(config.model.backend, device, dtype, config.model.head_dim)
-        except ValueError as error:
-            raise ConfigError(f"model.{error}") from error
 
 
 def build(config: Config, mesh: Mesh, stop: Stop | None = None, watch: Watch | None = None) -> Run:

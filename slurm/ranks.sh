@@ -30,8 +30,9 @@ if [ -n "$FOXDIST_INTERFACE" ]; then
 else
   MASTER_ADDR=$(scontrol show node "$SLURMD_NODENAME" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 fi
-# Jobs that share a node meet at different ports; below those that the system gives to anyone who asks.
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+# Jobs that share a node meet at different ports, and a job that found one taken at another the next time; all of them
+# below those that the system gives to anyone who asks.
+MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 export MASTER_ADDR MASTER_PORT
 
 # start_ranks LOGS ARGUMENT...: `python ARGUMENT...` on every rank, with a log each. Every rank sees all GPUs of its node

@@ -13,6 +13,7 @@ from pathlib import Path
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
+from foxdist.before_start import check_before_start
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Loader
 from foxdist.data.prepare import Options, prepare
@@ -89,7 +90,7 @@ def go(rank, size, values):
     log.setLevel(logging.INFO)
     try:
         config = configuration.parse(values)
-        training.check_before_start(config, size)
+        check_before_start(config, size)
         training.train(training.build(config, meshes.start(config.parallel.cp, 2)))
     except ValueError as error:
         return str(error)

@@ -7,6 +7,7 @@ nobody checks: ranks take turns on what there is.
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -48,6 +49,8 @@ KillWait=60
 # On a busy machine: an order that SLURM takes for lost comes again, a minute later, to what then has the same number.
 MessageTimeout=90
 MinJobAge=600
+# The port where ranks meet is made of the job's number, and another cluster of tests may be on this machine.
+FirstJobId={first}
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -58,7 +61,11 @@ SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP
+# Jobs of `urgent` take the nodes of others, which have time to end and wait for their turn then.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 GraceTime=120 PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -87,7 +94,12 @@ class Cluster:
             for i in range(NODES)
         ]
         text = CONFIGURATION.format(
-            host=host, port=free_port(), user=getpass.getuser(), folder=self.folder, nodes="\n".join(nodes)
+            host=host,
+            first=random.randrange(1, 60000),
+            port=free_port(),
+            user=getpass.getuser(),
+            folder=self.folder,
+            nodes="\n".join(nodes),
         )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")

@@ -130,6 +130,8 @@ def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypa
     answers = [OutOfMemory("rank 1: much"), {"left": 1}, RankError("rank 0: Traceback\nValueError: no | good")]
 
     class Stub:
+        first = True
+
         def __init__(self, ranks):
             assert ranks == 1
 

@@ -97,6 +97,7 @@ ORDER = [
     "metrics",
     "sinks",
     "checkpoint",
+    "before_start",
     "check",
     "train",
     "report",

@@ -17,13 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from foxdist import mesh as meshes
 from foxdist.attention.backends import choose_backend
+from foxdist.before_start import check_machine
 from foxdist.bench.gates import REGIMES
 from foxdist.bench.measure import slowest
 from foxdist.config import Config
 from foxdist.data.loader import Batch, shifted
 from foxdist.mesh import Mesh
 from foxdist.model import FoX
-from foxdist.train import Trainer, check_machine, collect, make_model, make_trainer, settle, train_step
+from foxdist.train import Trainer, collect, make_model, make_trainer, settle, train_step
 
 GATES = {"initial": None, "opened": "acp"}  # the regime of bench.gates that the biases are set to
 UNSAID = {"tokens", "tokens/s"}  # of the run, and of all ranks
