@@ -50,6 +50,7 @@ def ended(run_dir, why, step=12):
         (None, 128 + 9, None, True, "a rank was lost (status 137)"),
         (None, 1, None, False, "the ranks ended with status 1, and would do so again"),
         (None, 2, None, False, "status 2"),
+        (None, 127, None, False, "status 127"),
         (None, 1, "USR1", False, "status 1"),
     ],
 )
