@@ -161,7 +161,9 @@ def kill(job, run_dir):
     """One rank, as the kernel does when memory runs out."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if TRAIN.name in " ".join(process.cmdline()) and process.environ().get("SLURM_PROCID") == "3":
+            environment = process.environ()
+            of_job = environment.get("SLURM_JOB_ID") == job.id and environment.get("SLURM_PROCID") == "3"
+            if of_job and TRAIN.name in " ".join(process.cmdline()):
                 process.kill()
                 return
     raise AssertionError("no rank 3")
