@@ -31,13 +31,26 @@ def poison_memory(replace=setattr):
         replace(owner, name, poisoned(getattr(owner, name)))
 
 
+def place(rank, size, gpus=0):
+    """The environment of a rank on this machine with so many GPUs.
+
+    If they are fewer than ranks, all share the first: to launchers and NCCL each rank is then a host of its own, and
+    NCCL's messages go through sockets. NCCL refuses two ranks on one GPU of a host, and torch shared memory of one GPU.
+    """
+    where = {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    if not 0 < gpus < size:
+        return where | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    where |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    return where | {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+
+
 def _serve(rank, size, backend, rendezvous, pipe):
     torch.set_num_threads(1)
     poison_memory()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(place(rank, size, torch.cuda.device_count() if backend == "nccl" else 0))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29400")
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         backend, init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )

@@ -19,6 +19,8 @@ from foxdist.data.loader import Loader
 from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
 
+from ranks import place
+
 TRAIN = Path(configuration.__file__).with_name("train.py")
 WORDS = [
     "the",
@@ -149,17 +151,18 @@ def launch(config, *overrides, ranks=1, expect=0, **how):
 def processes(script, *arguments, folder, size=2, gpus="", **more):
     """`size` ranks of `python SCRIPT ARGUMENT...` in a process group of their own, with no launcher between.
 
-    What each says goes to `said0`, `said1`, ... in `folder`. more: environment. All are killed in the end.
+    What each says goes to `said0`, `said1`, ... in `folder`. gpus: their numbers, for CUDA. more: environment. All are
+    killed in the end.
     """
     where = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meshes.free_port())} | more
-    where |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "CUDA_VISIBLE_DEVICES": gpus}
+    where |= {"CUDA_VISIBLE_DEVICES": gpus}
     started = []
     try:
         for rank in range(size):
             started.append(
                 subprocess.Popen(
                     [sys.executable, str(script), *map(str, arguments)],
-                    env=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=where | place(rank, size, len(gpus.split(",")) if gpus else 0),
                     stdout=subprocess.DEVNULL,
                     stderr=(folder / f"said{rank}").open("w"),
                     process_group=started[0].pid if started else 0,

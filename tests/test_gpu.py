@@ -1,7 +1,10 @@
-"""The same on GPUs: attention against its definition, ranks over NCCL, training. Two GPUs run all of it."""
+"""The same on GPUs: attention against its definition, ranks over NCCL, training.
+
+Ranks without a GPU each share the first, and NCCL's messages go through sockets (`place` in ranks.py): all but the link
+is tested on one GPU, and nothing here is about speed.
+"""
 
 import math
-import os
 import time
 from dataclasses import replace
 
@@ -11,7 +14,7 @@ import torch.distributed as dist
 from test_compile import ROUNDING, compare, needs_gxx, whole_model
 from test_model import batch, small
 from test_train import curves
-from test_watch import LATE, SAID, TIMEOUT, run_with, settings
+from test_watch import DIFFERS, LATE, SAID, TIMEOUT, run_with, settings
 
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
 from foxdist.layout import shard, unshard
@@ -21,7 +24,6 @@ from cases import GATES, gradients, inputs, relative
 from runs import tree, write_data
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 NAMES = ("out", "dq", "dk", "dv", "dlog_f")
 
 
@@ -57,24 +59,17 @@ def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidd
     assert graphs == 1
 
 
-def attend(rank, size, layout, schedule, acp, transport, one_gpu=False):
-    if one_gpu:  # of which torch would say that two ranks have it by mistake
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-        torch.cuda.set_device(0)
+def attend(rank, size, layout, schedule, acp, transport):
     tensors = [shard(x, rank, size, layout).cuda() for x in inputs(2, 2048, 4, 2, 64)]
     cp = ContextParallel(dist.group.WORLD, layout, schedule, transport=transport)
     certified = replace(acp, certify=200)
     _, stats = forgetting_attention(*tensors, acp=certified, cp=cp, return_stats=True)
     assert stats.pruned.max() <= math.exp(acp.log_eps)
-    runs = [
-        [
-            x.cpu()
-            for x in gradients_with_slice(
-                lambda *t: forgetting_attention(*t, acp=acp, cp=cp), tensors, rank, size, layout
-            )
-        ]
-        for _ in range(4)
-    ]
+
+    def attention(*tensors):
+        return forgetting_attention(*tensors, acp=acp, cp=cp)
+
+    runs = [[x.cpu() for x in gradients_with_slice(attention, tensors, rank, size, layout)] for _ in range(4)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run)), "all runs give the same bits"
     return runs[0]
 
@@ -97,30 +92,23 @@ def compare_ranks(answers, layout, acp):
 RULES = pytest.mark.parametrize("acp", [Acp(logit_bound=8.0), Acp(bound="tight")], ids=["paper", "tight"])
 
 
-@needs_two
+@needs_gpu
 @RULES
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("schedule", ["gather", "ring"])
 @pytest.mark.parametrize("transport", ["nccl", "peer"])
-def test_ranks_give_what_one_process_gives(ranks, layout, schedule, acp, transport):
-    compare_ranks(ranks(2, attend, layout, schedule, acp, transport, backend="nccl"), layout, acp)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_give_what_one_process_gives(ranks, size, layout, schedule, acp, transport):
+    compare_ranks(ranks(size, attend, layout, schedule, acp, transport, backend="nccl"), layout, acp)
 
 
 @needs_gpu
-@RULES
-@pytest.mark.parametrize("size, layout, schedule", [(2, "zigzag", "gather"), (4, "contiguous", "ring")])
-def test_processes_of_one_gpu_read_each_others_memory(ranks, size, layout, schedule, acp):
-    """All of the peer transport but the link: its kernels, barriers and order of streams."""
-    compare_ranks(ranks(size, attend, layout, schedule, acp, "peer", True), layout, acp)
-
-
-@needs_two
 def test_training_gives_the_same_curve_on_every_mesh(ranks, tmp_path):
     data = write_data(tmp_path / "data")
     variants = [{"parallel.zero": zero} for zero in (1, 2, 3)]
     found = []
-    for size, cp in ((1, 1), (2, 1), (2, 2)):
-        values = tree(data, "", parallel__cp=cp)
+    for size, cp in ((1, 1), (2, 1), (2, 2), (4, 2)):
+        values = tree(data, "", parallel__cp=cp, parallel__transport="nccl")
         found += ranks(size, curves, values, tmp_path, variants, backend="nccl")[0]
     reference = torch.tensor(found[0], dtype=torch.float64)
     for curve in found:
@@ -129,6 +117,7 @@ def test_training_gives_the_same_curve_on_every_mesh(ranks, tmp_path):
 
 @needs_gpu
 def test_progress_is_where_the_device_is():
+    torch.cuda.init()  # before which there are no events
     cycles = 10**9  # half a second
     progress = Progress()
     progress.begin(1)
@@ -145,13 +134,18 @@ def test_progress_is_where_the_device_is():
     assert seen == layers
 
 
-@needs_two
+@needs_gpu
 @pytest.mark.parametrize("fault, guilty", [("killed", 1), ("killed", 0), ("asleep", 1), ("plans everything", 1)])
 def test_a_lost_rank_ends_every_rank(tmp_path, fault, guilty):
-    """As in test_watch.py, over NCCL, whose ranks hear nothing of a lost connection on one host."""
+    """As in test_watch.py, over NCCL, whose ranks hear nothing of a lost connection on one host.
+
+    NCCL takes messages of another size, so where ranks that plan differently come to stand is another matter.
+    """
     values = settings(write_data(tmp_path / "data"), tmp_path / "run")
-    found, seconds = run_with(fault, guilty, values, tmp_path, gpus="0,1")
+    values["parallel"]["transport"] = "nccl"
+    gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    found, seconds = run_with(fault, guilty, values, tmp_path, gpus=gpus)
     for (said, status), (expected, words) in zip(found, SAID[fault, guilty]):
         assert status == expected, said
-        assert not words or words[0] in said, said
+        assert not words or (DIFFERS if words[0].startswith(DIFFERS) else words[0]) in said, said
     assert seconds < TIMEOUT + LATE
