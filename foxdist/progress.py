@@ -131,6 +131,11 @@ class Progress:
             self.on_device.popleft()
         return self.host
 
+    @property
+    def in_a_layer(self) -> bool:
+        """Whether plans made now are kept: not outside of training, and not in compiled code."""
+        return self.host.layer is not None
+
     def planned(self, numbers: OnItsWay) -> None:
         """Keeps the numbers that the layer at hand made its plan of, or will."""
         if self.host.layer is not None:
@@ -190,7 +195,7 @@ def _event() -> torch.cuda.Event | None:
     if not torch.cuda.is_initialized():
         return None
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(torch.cuda.current_device()))  # faster than to let it find the stream
     return event
 
 

@@ -44,8 +44,8 @@ def test_the_tables_are_the_plan(case, staged):
         assert lent == set().union(*lent_to)
         for d in range(1, plan.size):
             borrower = (r + d) % plan.size
-            assert needs[r].sent[d - 1] == len(lent_to[borrower])
-            assert needs[borrower].received[d - 1] == len(lent_to[borrower])
+            assert needs[r].moved[0, d - 1] == len(lent_to[borrower])
+            assert needs[borrower].moved[1, d - 1] == len(lent_to[borrower])
             stage = d - 1 if staged else 0
             table = slots[borrower].table(stage, rows, heads).whole(plan.blocks)
             returned = {page: slot for page, slot in zip(pool, needs[r].back[d - 1].tolist()) if slot >= 0}

@@ -30,13 +30,13 @@ def pruned_weight(
     dims = 1, 2, 0  # of the samples
     asked = [q[:, token].double(), queries.c_in.flatten(2)[..., token].double(), where]
     if cp:
-        asked = [torch.cat(all_gather(cp, x, "certificate"), dim) for x, dim in zip(asked, dims)]
+        asked = [torch.cat(list(all_gather(cp, x, "certificate")), dim) for x, dim in zip(asked, dims)]
     at_once = max(1, NUMBERS // (len(q) * length))
     parts = list(zip(*(x.split(at_once, dim) for x, dim in zip(asked, dims))))
     by_head = [torch.cat([_sums(part, queries, k, start, h) for part in parts], -1) for h in range(q.shape[2])]
     sums = torch.stack(by_head, 2)  # [2, B, H, samples]
     if cp:
-        sums = torch.stack(all_gather(cp, sums, "certificate")).logsumexp(0)
+        sums = all_gather(cp, sums, "certificate").logsumexp(0)
     return (sums[1] - sums[0]).exp().amax((0, 2)).float()
 
 

@@ -34,13 +34,19 @@ def fetch(sources: Sequence[Pages], source: torch.Tensor, row: torch.Tensor, out
             into[wanted] = x[row[wanted].long()]
 
 
-def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, kernels: bool) -> Pages:
+def add(
+    total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, kernels: bool, *, in_turn: bool = False
+) -> Pages:
     """`total` plus, for each page of it, rows where[0, page], where[1, page], ... of `returned`, in this order.
 
-    total: gradients of a rank's own pages, float32, used up. where: [Q, pages] int32. Returns K and V in `dtype`.
+    total: gradients of a rank's own pages, float32, used up. where: [Q, pages] int32. in_turn: `returned` has Q rows of
+    pages in turn, and `where` only says which to add. Returns K and V in `dtype`.
     """
     if kernels:
-        return _kernels().add(total, where, returned, dtype)
+        return _kernels().add(total, where, returned, dtype, in_turn)
+    if in_turn:
+        turns = torch.arange(where.numel(), dtype=where.dtype, device=where.device).view_as(where)
+        where = torch.where(where >= 0, turns, -1)
     for rows in where:
         pages = (rows >= 0).nonzero()[:, 0]
         for x, part in zip(total.by_page(), returned):

@@ -10,7 +10,7 @@ from foxdist.attention.messages import MessageExchange
 from foxdist.attention.pages import Pages
 from foxdist.attention.peer import PeerExchange
 from foxdist.attention.plan import Plan, busy_distances, causal_counts
-from foxdist.attention.stats import Traffic, counts_of, moved_of
+from foxdist.attention.stats import Traffic, counts_of
 from foxdist.attention.transport import ContextParallel
 from foxdist.layout import blocks_of, chunk_count, chunks_of
 
@@ -18,18 +18,22 @@ from foxdist.layout import blocks_of, chunk_count, chunks_of
 def count(
     start: torch.Tensor, pool: Pages, cp: ContextParallel | None, exchange: Exchange | None, needed: Plan | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`counts` and `moved`, whose sum is what stats.py calls the counts of a call.
+    """What the host knows of a call (`stats.counts_of`), and what only the device does: [3, P - 1] int32, pages sent,
+    received and needed of this rank over each ring distance; [0] where the host knows all.
 
     start: [B, H, N], what the boundary keeps. needed: the plan of that, where there is one on the host.
     """
     rows, _, total = start.shape
     heads = pool.k.shape[2]
     causal, blocks = _causal_tiles(total, cp)
-    nothing = start.new_empty(0, dtype=torch.int64)
+    nothing = start.new_empty(0)
     if cp is None:
-        return _counts_alone(rows * causal, rows * blocks).clone(), nothing
+        return _counts_known(rows * causal, rows * blocks, Traffic()).clone(), nothing
     kv, gate = pool.bytes_each()
     traffic = _without_pruning(rows, heads, total, cp, kv)
+    if isinstance(exchange, PeerExchange):
+        pages = torch.cat([exchange.needs.moved, exchange.really_needed(start).moved[:1]])
+        return _counts_known(rows * causal, rows * blocks, traffic).clone(), pages
     if isinstance(exchange, MessageExchange) and needed:
         traffic += Traffic(
             bytes_sent=exchange.sent_pages * kv,
@@ -38,12 +42,10 @@ def count(
             pairs_sent=exchange.messages,
             stages_run=busy_distances(exchange.plan.counts, cp.rank),
         )
-    moved = nothing
-    if isinstance(exchange, PeerExchange):
-        moved = moved_of(exchange.needs.sent, exchange.needs.received, exchange.really_needed(start).sent, kv, gate)
-    return counts_of(rows * causal, rows * blocks, traffic), moved
+    return counts_of(rows * causal, rows * blocks, traffic), nothing
 
 
+@lru_cache(maxsize=64)
 def _without_pruning(rows: int, heads: int, total: int, cp: ContextParallel, kv: int) -> Traffic:
     """What pruning is compared with, for one rank. kv: bytes of a page's K and V."""
     everything = causal_counts(rows, heads, total, cp.size, cp.layout)
@@ -89,8 +91,8 @@ def _blocks_on(rank: int, size: int, total: int, layout: str, device: torch.devi
 
 
 @lru_cache(maxsize=64)
-def _counts_alone(causal: int, blocks: int) -> torch.Tensor:
-    return counts_of(causal, blocks, Traffic())
+def _counts_known(causal: int, blocks: int, traffic: Traffic) -> torch.Tensor:
+    return counts_of(causal, blocks, traffic)
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from foxdist.attention.backends import choose_backend
 from foxdist.attention.boundary import Boundary
 from foxdist.attention.counting import needed_by_head, own_blocks
 from foxdist.attention.exchange import resolve
+from foxdist.attention.pages import page_bytes
 from foxdist.attention.ring import needs_queries
 from foxdist.attention.stats import AttentionStats
 from foxdist.attention.transport import ContextParallel
@@ -69,14 +70,16 @@ def forgetting_attention(
         )
     if kept is None:
         kept = operators.find_kept(log_f, q, k, kv_heads=k.shape[2], dtype=q.dtype, **options)
-    out, counts, moved, pruned = operators.attention(q, k, v, log_f, kept, **options)
+    out, counts, pages, pruned = operators.attention(q, k, v, log_f, kept, **options)
     if not return_stats:
         return out
     blocks = own_blocks(kept.start.shape[-1], cp, kept.start.device)
     needed = kept.start.new_empty(0, dtype=torch.int64)
+    kv, gates = (page_bytes(k.shape[3], group, k.dtype) for group in (0, q.shape[2] // k.shape[2]))
     if cp is not None:
-        needed = needed_by_head(kept.start, cp, k.shape[2], 2 * BLOCK * k.shape[3] * k.element_size())
-    return out, AttentionStats(kept.start, blocks, counts, moved, pruned, needed, runs.name, runs.reason)
+        needed = needed_by_head(kept.start, cp, k.shape[2], kv)
+    of_page = (kv, gates - kv)
+    return out, AttentionStats(kept.start, blocks, counts, pages, of_page, pruned, needed, runs.name, runs.reason)
 
 
 def find_kept(

@@ -6,6 +6,7 @@ plan, which both sides know. Decides nothing about what to send and computes no 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,20 +45,24 @@ def make_route(
     lent = [plan.pages(rank, p) if (p - rank) % size in distances else nothing for p in range(size)]
     borrowed = [plan.pages(p, rank) if (rank - p) % size in distances else nothing for p in range(size)]
 
-    own = blocks_of(rank, size, plan.blocks, plan.layout).numpy()
+    own = _own(rank, size, plan.blocks, plan.layout)
     row, head, block = np.concatenate(lent).T
     # The own pool is ordered (batch row, K/V head, block), blocks ascending.
     pages = ((row * heads + head) * len(own) + np.searchsorted(own, block)).astype(np.int32)
     sends = [len(x) for x in lent]
     where = np.full((size, plan.own), -1, np.int32)
     where[np.repeat(np.arange(size), sends), pages] = np.arange(len(pages))
-    return Route(
-        sends,
-        [len(x) for x in borrowed],
-        streams.to_device(pages, device, *users),
-        streams.to_device(where, device, *users),
-        BlockTable(*streams.to_device(_table_of(np.concatenate(borrowed), rows, heads, plan.blocks), device, *users)),
-    )
+    tables = pages, where, _table_of(np.concatenate(borrowed), rows, heads, plan.blocks)
+    # In one copy; kernels are compiled anew for tables that do not begin at multiples of 16 bytes.
+    padded = [np.pad(x.ravel(), (0, -x.size % 4)) for x in tables]
+    parts = streams.to_device(np.concatenate(padded), device, *users).split([x.size for x in padded])
+    ours, theirs, table = (part[: x.size].view(x.shape) for part, x in zip(parts, tables))
+    return Route(sends, [len(x) for x in borrowed], ours, theirs, BlockTable(*table))
+
+
+@lru_cache(maxsize=64)
+def _own(rank: int, size: int, blocks: int, layout: str) -> np.ndarray:
+    return blocks_of(rank, size, blocks, layout).numpy()
 
 
 def _table_of(arriving: np.ndarray, rows: int, heads: int, total: int) -> np.ndarray:

@@ -27,7 +27,7 @@ Outputs = tuple[torch.Tensor, ...]
 
 _library = torch.library.Library("foxdist", "FRAGMENT")
 # c_in, base, start and bounded are those of `boundary.Boundary`; out, lse2 and schedule those of `ring.Result`; need is
-# that of `Plan` or [0]; counts, moved and pruned are of stats.py. attention reads log_f through c_in alone, and takes
+# that of `Plan` or [0]; counts, pages and pruned are of stats.py. attention reads log_f through c_in alone, and takes
 # it for its gradient.
 _library.define(
     "find_kept(Tensor log_f, Tensor? q, Tensor? k, int kv_heads, Tensor? bound_by_head, float? bound_number, "
@@ -38,7 +38,7 @@ _library.define(
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor log_f, Tensor c_in, Tensor base, Tensor start, Tensor bounded, "
     "float? log_eps, int certify, bool dry_run, float scale, str backend, str cp) -> (Tensor out, Tensor lse2, "
-    "Tensor schedule, Tensor need, Tensor counts, Tensor moved, Tensor pruned)",
+    "Tensor schedule, Tensor need, Tensor counts, Tensor pages, Tensor pruned)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -104,10 +104,10 @@ def attention(
     cp: ContextParallel | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, counts, moved, pruned), of which out is differentiable. Arguments are checked; `cp` has several ranks, and
+    """(out, counts, pages, pruned), of which out is differentiable. Arguments are checked; `cp` has several ranks, and
     its transport is decided. kept: by `find_kept`, of the same gates."""
     eager = not torch.compiler.is_compiling() and _is_plain(q, k, v, log_f, *kept)
-    out, _, _, _, counts, moved, pruned = (_Attention.apply if eager else _attention)(
+    out, _, _, _, counts, pages, pruned = (_Attention.apply if eager else _attention)(
         q,
         k,
         v,
@@ -120,7 +120,7 @@ def attention(
         backend,
         cp.key if cp else "",
     )
-    return out, counts, moved, pruned
+    return out, counts, pages, pruned
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -193,9 +193,9 @@ def _forward(
     call = ring.Call(scale, acp, context_parallel(cp), backend, dry_run)
 
     def compute() -> tuple[torch.Tensor, ...]:
-        result, counts, moved, pruned = ring.forward(q, k, v, Boundary(c_in, base, start, bounded), call)
+        result, counts, pages, pruned = ring.forward(q, k, v, Boundary(c_in, base, start, bounded), call)
         need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
-        return *(x.contiguous() for x in (result.out, result.lse2, result.schedule, need)), counts, moved, pruned
+        return *(x.contiguous() for x in (result.out, result.lse2, result.schedule, need)), counts, pages, pruned
 
     with _as_written(q):
         return remember(compute)
@@ -218,7 +218,7 @@ def _fake_forward(
         log_f.new_empty(words, dtype=torch.int64),
         log_f.new_empty(need, dtype=torch.int64, device="cpu"),
         log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
-        log_f.new_empty(COUNTS if spread and not on_host else 0, dtype=torch.int64),
+        log_f.new_empty((3, spread.size - 1) if spread and not on_host else 0, dtype=torch.int32),
         log_f.new_empty(heads if certify else 0),
     )
 

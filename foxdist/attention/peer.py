@@ -103,8 +103,8 @@ class PeerExchange:
         """`total`, gradients of the own pages in float32, plus those that `give_back` fetched; K and V in `dtype`."""
         memory = self._memory
         streams.after(self._returned[stage])
-        where = torch.where(memory.of_stage(self.needs.back, stage) >= 0, memory.returned_rows, -1)
-        return copies.add(total, where, memory.returned[stage % UNDER_WAY], dtype, self._kernels)
+        back, returned = memory.of_stage(self.needs.back, stage), memory.returned[stage % UNDER_WAY]
+        return copies.add(total, back, returned, dtype, self._kernels, in_turn=True)
 
 
 class Shape(NamedTuple):
@@ -146,8 +146,6 @@ class _Memory:
         self.shelf, self.shelves = shared(2, own, dtype)
         self.grads, self.gradients = shared(under_way, borrowed, torch.float32)
         self.borrowed = [local(borrowed, dtype) for _ in range(under_way)]
-        rows_of_stage = torch.arange(self._per_stage * own, dtype=torch.int32, device=device)
-        self.returned_rows = rows_of_stage.view(self._per_stage, own)
         self.returned = [local(self._per_stage * own, torch.float32) for _ in range(under_way)]
         self.turns = itertools.count()
 

@@ -32,7 +32,7 @@ from foxdist.attention.peer import PeerExchange
 from foxdist.attention.plan import Plan, causal_plan, make_plan
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
 from foxdist.attention.transport import ContextParallel, all_gather, all_max
-from foxdist.layout import chunk_count, unshard
+from foxdist.layout import blocks_of, chunk_count
 from foxdist.progress import progress
 
 
@@ -53,7 +53,8 @@ class Found(NamedTuple):
 
     start: int  # the address of its `start`
     event: torch.cuda.Event | None
-    first: streams.ToHost
+    first: streams.ToHost | None
+    """The numbers that plans are made of; None where nobody looks at them."""
 
 
 _latest: dict[torch.device, Found] = {}
@@ -97,10 +98,12 @@ def find_kept(
         kept = boundary.find_boundary(
             q, k, log_f, call.acp, bound, call.scale, keys, room, lambda x: _whole(x, cp, "gate sums"), call.backend
         )
-        first = streams.ToHost(first_of_chunks(kept.start, kv_heads, chunk_count(cp.size, cp.layout)))
+        first = None
+        if cp.transport != "peer" or progress.in_a_layer:  # which plans on the device, and shows its plans to the watch
+            first = streams.ToHost(first_of_chunks(kept.start, kv_heads, chunk_count(cp.size, cp.layout)))
+            progress.planned(first)
         _latest[device] = Found(kept.start.data_ptr(), streams.mark(device), first)
     streams.hand_over(kept)
-    progress.planned(first)
     return kept
 
 
@@ -112,7 +115,7 @@ def needs_queries(acp: Acp | None) -> bool:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Boundary, call: Call
 ) -> tuple[Result, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of this rank's queries; the call's `counts` and `moved` (see stats.py); the weight pruned, [0] if not
+    """Attention of this rank's queries; the call's `counts` and `pages` (see stats.py); the weight pruned, [0] if not
     asked."""
     cp, start = call.cp, kept.start
     found = _take_found(start, k.shape[2], cp)
@@ -134,8 +137,8 @@ def forward(
     result = Result(partial.out.to(q.dtype), partial.lse2, kept.c_in, kept.base, start, schedule, plan)
     samples = call.acp.certify if call.acp else 0
     pruned = pruned_weight(queries, k, start, samples, cp) if samples else lent.new_empty(0, dtype=torch.float32)
-    counts, moved = count(start, pool, cp, exchange, needed)
-    return result, counts, moved, pruned
+    counts, pages = count(start, pool, cp, exchange, needed)
+    return result, counts, pages, pruned
 
 
 def backward(
@@ -197,7 +200,7 @@ def _local(
 ) -> tuple[Queries, Pages, BlockTable]:
     """This rank's queries, its own K and V as a pool, and the table of that pool."""
     blocks, table = _own(len(k), k.shape[2], start.shape[-1], call.cp, q.device)
-    mine = start[:, :, blocks] if call.cp else start
+    mine = start.index_select(2, blocks) if call.cp else start
     if call.dry_run:
         mine = torch.zeros_like(mine)
     return Queries(q, c_in, base, mine, blocks, call.scale), Pages(k, v, c_in), table
@@ -214,7 +217,17 @@ def _own(
 
 def _whole(x: torch.Tensor, cp: ContextParallel | None, what: str) -> torch.Tensor:
     """Per-block values [B, H, n, ...] of all ranks, in the order of the sequence: [B, H, N, ...]."""
-    return unshard(all_gather(cp, x, what), cp.layout, dim=2) if cp else x
+    if cp is None:
+        return x
+    parts = all_gather(cp, x, what).movedim(0, 2).flatten(2, 3)
+    return parts if cp.layout == "contiguous" else parts.index_select(2, _order(parts.shape[2], cp, x.device))
+
+
+@lru_cache(maxsize=64)
+def _order(total: int, cp: ContextParallel, device: torch.device) -> torch.Tensor:
+    """[N]: where each block of the sequence stands in what ranks own, one rank after the other."""
+    owned = [blocks_of(rank, cp.size, total, cp.layout) for rank in range(cp.size)]
+    return torch.cat(owned).argsort().to(device)
 
 
 def _logit_bound(
@@ -235,20 +248,22 @@ def _logit_bound(
 
 def _take_found(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) -> streams.ToHost | None:
     """Makes the current stream wait for what `find_kept` found last. The numbers that plans are made of, on their way
-    to the host; None without other ranks."""
+    to the host; None where the host makes no plan."""
     if cp is None:
         return None
     found = _latest.get(start.device)
     if found:
         streams.after(found.event)  # or for a later one, in a program that finds for several calls first: as good
-        if found.start == start.data_ptr():
-            return found.first
+    if cp.transport == "peer":
+        return None
+    if found and found.start == start.data_ptr():
+        return found.first
     return streams.ToHost(first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout)))
 
 
 def _plan(first: streams.ToHost | None, blocks: int, cp: ContextParallel | None) -> Plan | None:
     """The plan of all ranks, where the transport needs one on the host."""
-    if first is None or cp is None or cp.transport == "peer":
+    if first is None or cp is None:
         return None
     return make_plan(first.numpy(), blocks, cp.size, cp.layout)
 

@@ -20,8 +20,7 @@ class Needs(NamedTuple):
     lent: torch.Tensor  # [pages] int32: each own page's number if anyone needs it
     borrowed: torch.Tensor  # [stages, B * K * S] int32: the lender's page for each slot
     back: torch.Tensor  # [P - 1, pages] int32: at distance d + 1, the borrower's slot that holds each own page
-    sent: torch.Tensor  # [P - 1] int32: pages lent over each distance
-    received: torch.Tensor  # [P - 1] int32: pages borrowed over each distance
+    moved: torch.Tensor  # [2, P - 1] int32: pages lent and borrowed over each distance
 
 
 @dataclass(frozen=True, eq=False)

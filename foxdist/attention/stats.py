@@ -36,22 +36,26 @@ class Traffic:
         return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
 
+_TRAFFIC = tuple(field.name for field in fields(Traffic))
+
+
 def counts_of(causal_by_head: int, query_blocks: int, traffic: Traffic) -> torch.Tensor:
     """What the host knows of one call, as int64 numbers that add up over calls: 1, tiles of one head that causality
     allows, query blocks of one head (both over the batch), and the fields of `traffic`."""
     return torch.tensor([1, causal_by_head, query_blocks, *vars(traffic).values()], device="cpu")
 
 
-COUNTS = 3 + len(fields(Traffic))
+COUNTS = 3 + len(_TRAFFIC)
 """How many numbers `counts_of` holds."""
 
 
-def moved_of(sent: torch.Tensor, received: torch.Tensor, needed: torch.Tensor, kv: int, gate: int) -> torch.Tensor:
+def moved_of(pages: torch.Tensor, kv: int, gate: int) -> torch.Tensor:
     """What only the device knows of one call: [COUNTS] int64, to be added to `counts_of`.
 
-    sent, received, needed: [P - 1] pages over each ring distance. kv, gate: bytes of a page.
+    pages: [3, P - 1], see `AttentionStats.pages`. kv, gate: bytes of a page.
     """
-    zero = sent.new_zeros((), dtype=torch.int64)
+    sent, received, needed = pages.long()
+    zero = sent.new_zeros(())
     known = {
         "bytes_sent": sent.sum() * kv,
         "bytes_needed": needed.sum() * kv,
@@ -59,7 +63,7 @@ def moved_of(sent: torch.Tensor, received: torch.Tensor, needed: torch.Tensor, k
         "pairs_sent": (sent > 0).sum(),
         "stages_run": (sent + received > 0).sum(),
     }
-    return torch.stack([zero] * 3 + [known.get(field.name, zero) for field in fields(Traffic)])
+    return torch.stack([zero] * 3 + [known.get(name, zero) for name in _TRAFFIC])
 
 
 class Counted(NamedTuple):
@@ -82,8 +86,11 @@ class AttentionStats:
     """[n] int64: the query blocks that this rank owns."""
     counts: torch.Tensor
     """[COUNTS] int64 on the host, see `counts_of`."""
-    moved: torch.Tensor
-    """[COUNTS] int64 on the device, see `moved_of`, to be added to those; [0] where the host knows all."""
+    pages: torch.Tensor
+    """[3, P - 1] int32 on the device: pages that this rank sent and received over each ring distance, and those that
+    it should have sent by the boundary, in a dry run, too; [0] where the host knows all."""
+    page_bytes: tuple[int, int]
+    """Of a page: K and V, gate sums."""
     pruned: torch.Tensor
     """[H] float32: the largest weight that pruning took from a sampled query, over the batch and all ranks; [0] where
     `acp.certify` asked for none."""
@@ -103,8 +110,13 @@ class AttentionStats:
     @property
     def traffic(self) -> Traffic:
         """What this rank handed to the transport."""
-        whole = self.counts + self.moved.cpu() if len(self.moved) else self.counts
+        whole = self.counts + self.moved.cpu() if len(self.pages) else self.counts
         return Traffic(*whole[3:].tolist())
+
+    @property
+    def moved(self) -> torch.Tensor:
+        """[COUNTS] int64 on the device, see `moved_of`, to be added to `counts`; [0] where the host knows all."""
+        return moved_of(self.pages, *self.page_bytes) if len(self.pages) else self.pages
 
     @property
     def kept_by_head(self) -> torch.Tensor:

@@ -2,19 +2,30 @@
 
 On a GPU a stream of high priority, one for each device, and events between it and the current one. On a CPU all of this
 does nothing: what is called is done when it returns.
+
+Streams and events are asked for by the GPU's number: to find the one at hand by itself takes torch 10 us and more.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 
-def aside(device: torch.device) -> AbstractContextManager:
+@contextmanager
+def aside(device: torch.device) -> Iterator[None]:
     """What is launched inside runs beside the current stream, after what `after` makes it wait for and nothing else."""
-    return torch.cuda.stream(_side(device)) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.current_stream(device.index)
+    torch.cuda.set_stream(_side(device))
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
 
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
@@ -22,14 +33,14 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device.index))
     return event
 
 
 def after(event: torch.cuda.Event | None) -> None:
     """The current stream goes on when `event` has happened. The host does not wait."""
     if event is not None:
-        event.wait()
+        event.wait(torch.cuda.current_stream(event.device.index))
 
 
 class ToHost:
@@ -67,12 +78,12 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
     """Says that the current stream uses what another made, so that its memory is not reused too early."""
     for x in tensors:
         if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream(x.device))
+            x.record_stream(torch.cuda.current_stream(x.device.index))
 
 
 def current(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     """The current stream, in a tuple; none on a CPU."""
-    return (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
+    return (torch.cuda.current_stream(device.index),) if device.type == "cuda" else ()
 
 
 @lru_cache

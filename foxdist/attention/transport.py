@@ -5,8 +5,8 @@ computation, and is waited for once. What was handed to the backend is counted h
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from foxdist.progress import progress
 Transport = Literal["auto", "nccl", "peer"]
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
 _known: dict[str, "ContextParallel"] = {}
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class ContextParallel:
     transport: Transport = "auto"
     """`nccl`: messages, by whatever backend the group has. `peer`: through each other's memory, on one host. `auto`:
     `peer` on GPUs that can, else `nccl`; see exchange.py."""
+    # Of the group, which torch takes some 5 us to say each time:
+    rank: int = field(init=False, compare=False, repr=False)
+    """This process's rank in it."""
+    size: int = field(init=False, compare=False, repr=False)
+    """P, how many ranks it has."""
+    members: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    """Its ranks as the world counts them."""
+    key: str = field(init=False, compare=False, repr=False)
+    """What stands for this object among the arguments of an operator, which are tensors and plain values."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -43,22 +53,15 @@ class ContextParallel:
                 raise ValueError(
                     f"parallel.{name}={value!r}: unknown; must be one of {', '.join(known)}; correct the name"
                 )
+        of_group = {
+            "rank": dist.get_rank(self.group),
+            "size": dist.get_world_size(self.group),
+            "members": tuple(dist.get_process_group_ranks(self.group)),
+            "key": f"{self.group.group_name}/{self.layout}/{self.schedule}/{self.overlap}/{self.transport}",
+        }
+        for name, fixed in of_group.items():
+            object.__setattr__(self, name, fixed)  # of a frozen dataclass, so only here
         _known[self.key] = self
-
-    @property
-    def key(self) -> str:
-        """What stands for this object among the arguments of an operator, which are tensors and plain values."""
-        return f"{self.group.group_name}/{self.layout}/{self.schedule}/{self.overlap}/{self.transport}"
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return dist.get_rank(self.group)
-
-    @property
-    def size(self) -> int:
-        """P, the number of ranks in the group."""
-        return dist.get_world_size(self.group)
 
     def wait_for_all(self, device: torch.device) -> None:
         """The host waits until every rank has come here and its `device` has done all it was given."""
@@ -66,11 +69,6 @@ class ContextParallel:
             torch.cuda.synchronize(device)
         with progress.exchange("making room", self.members):
             dist.barrier(self.group)
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """The group's ranks as the world counts them."""
-        return tuple(dist.get_process_group_ranks(self.group))
 
 
 def context_parallel(key: str) -> ContextParallel | None:
@@ -107,7 +105,7 @@ class Swap:
             if peer == cp.rank:
                 incoming.copy_(outgoing)
                 continue
-            there = dist.get_global_rank(cp.group, peer)
+            there = cp.members[peer]
             if len(incoming):
                 operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group, len(incoming)))
             if len(outgoing):
@@ -133,11 +131,11 @@ class Swap:
         return arriving
 
 
-def all_gather(cp: ContextParallel, x: torch.Tensor, what: str) -> list[torch.Tensor]:
-    """Every rank's `x`, in rank order. The same shape on all ranks. what: as of a `Swap`."""
-    parts = [torch.empty_like(x) for _ in range(cp.size)]
+def all_gather(cp: ContextParallel, x: torch.Tensor, what: str) -> torch.Tensor:
+    """[P, ...]: every rank's `x`, in rank order. The same shape on all ranks. what: as of a `Swap`."""
+    parts = x.new_empty(cp.size, *x.shape)
     with progress.exchange(what, cp.members):
-        dist.all_gather(parts, x.contiguous(), group=cp.group)
+        _gather(parts.flatten(0, 1), x.contiguous(), group=cp.group)
     return parts
 
 

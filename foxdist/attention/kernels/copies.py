@@ -99,7 +99,7 @@ def _copy_row(pointer, out, row, r, words, WORDS: tl.constexpr):
         tl.store(here + lane, tl.load(there + lane, mask=lane < words), mask=lane < words)
 
 
-def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype) -> Pages:
+def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, in_turn: bool) -> Pages:
     """See `attention.copies.add`. total: contiguous. returned: contiguous along D and BLOCK."""
     heads, dim = total.k.shape[2:]
     done = total._replace(k=torch.empty_like(total.k, dtype=dtype), v=torch.empty_like(total.v, dtype=dtype))
@@ -108,7 +108,7 @@ def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype) 
         total.k, total.v, total.c_in, where, returned.k, returned.v, returned.c_in, done.k, done.v,
         len(where), pages, heads, total.c_in.shape[2],
         returned.k.stride(0), returned.v.stride(0), returned.c_in.stride(0),
-        BLOCK=BLOCK, DIM=dim, GROUP=total.group, TOKENS=TOKENS,
+        BLOCK=BLOCK, DIM=dim, GROUP=total.group, TOKENS=TOKENS, IN_TURN=in_turn,
     )  # fmt: skip
     return done
 
@@ -117,6 +117,7 @@ def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype) 
 def _add(
     k_ptr, v_ptr, c_ptr, where_ptr, k_back, v_back, c_back, k_out, v_out, senders, pages, heads, blocks,
     k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+    IN_TURN: tl.constexpr,
 ):  # fmt: skip
     page = tl.program_id(0)
     row, head, block = page // (heads * blocks), page // blocks % heads, page % blocks
@@ -128,6 +129,8 @@ def _add(
     for sender in range(senders):
         r = tl.load(where_ptr + sender * pages + page).to(tl.int64)
         if r >= 0:
+            if IN_TURN:
+                r = tl.cast(sender, tl.int64) * pages + page
             k += tl.load(k_back + r * k_step + there)
             v += tl.load(v_back + r * v_step + there)
             for g in tl.static_range(GROUP):

@@ -31,16 +31,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         kernel[grid](*arguments, **constants)
         return
     key: list[Any] = [kernel, torch.cuda.current_device(), *constants.values()]
-    values: list[Any] = []
-    for x in arguments:
-        if isinstance(x, torch.Tensor):
-            dtype, x = x.dtype, x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
-            key += dtype, x & 15
-        elif type(x) is float:
+    values = list(arguments)
+    for i, x in enumerate(arguments):
+        kind = type(x)
+        if kind is int or x is None:
+            key.append(x)
+        elif kind is float:
             key.append((float, x))  # 2.0 is not 2
+        elif isinstance(x, torch.Tensor):
+            values[i] = pointer = x.data_ptr()  # a number, as Triton would ask the driver about a tensor's
+            key.append(x.dtype if not pointer & 15 else (x.dtype, pointer & 15))
         else:
-            key.append(x if x is None or type(x) is int else x.kind)
-        values.append(x)
+            key.append(x.kind)
     variant = tuple(key)
     known = _compiled.get(variant)
     if known is not None:

@@ -19,7 +19,7 @@ def find_needs(start: torch.Tensor, kv_heads: int, slots: Slots) -> Needs:
         return torch.empty(shape, dtype=torch.int32, device=start.device)
 
     moved = torch.zeros(2, others, dtype=torch.int32, device=start.device)
-    needs = Needs(table(pairs * count), table(slots.stages, pairs * slots.slots), table(others, pairs * count), *moved)
+    needs = Needs(table(pairs * count), table(slots.stages, pairs * slots.slots), table(others, pairs * count), moved)
     of_all = len(slots.block)
     launch(_find_needs, (pairs, cdiv(max(count, of_all), LANES)),
         start.contiguous(), slots.own, slots.behind, slots.at, slots.block, slots.mine, slots.index, slots.distance,
@@ -31,7 +31,7 @@ def find_needs(start: torch.Tensor, kv_heads: int, slots: Slots) -> Needs:
 @triton.jit(do_not_specialize=["blocks", "pairs", "count", "others", "slots", "of_all"])
 def _find_needs(
     start_ptr, own_ptr, behind_ptr, at_ptr, block_ptr, mine_ptr, index_ptr, distance_ptr,
-    lent_ptr, borrowed_ptr, back_ptr, sent_ptr, received_ptr, blocks, pairs, count, others, slots, of_all,
+    lent_ptr, borrowed_ptr, back_ptr, moved_ptr, blocks, pairs, count, others, slots, of_all,
     GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program: LANES own blocks and LANES slots of one row and K/V head. Counting by atomics on integers is exact."""
@@ -48,7 +48,7 @@ def _find_needs(
         at = tl.load(at_ptr + d * count + lane, mask=real, other=0)
         back = tl.where(needed, pair * slots + at, -1)
         tl.store(back_ptr + (d * pairs + pair) * count + lane, back, mask=real)
-        tl.atomic_add(sent_ptr + d, tl.sum(needed.to(tl.int32)))
+        tl.atomic_add(moved_ptr + d, tl.sum(needed.to(tl.int32)))
         lent |= needed.to(tl.int32)
     tl.store(lent_ptr + pair * count + lane, tl.where(lent != 0, pair * count + lane, -1), mask=real)
 
@@ -59,7 +59,7 @@ def _find_needs(
     page = pair * count + tl.load(index_ptr + lane, mask=real, other=0)
     place = (lane // slots * pairs + pair) * slots + lane % slots
     tl.store(borrowed_ptr + place, tl.where(wanted, page, -1), mask=real)
-    tl.atomic_add(received_ptr + tl.load(distance_ptr + lane, mask=real, other=0), 1, mask=wanted)
+    tl.atomic_add(moved_ptr + others + tl.load(distance_ptr + lane, mask=real, other=0), 1, mask=wanted)
 
 
 @triton.jit
