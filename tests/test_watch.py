@@ -12,16 +12,11 @@ from foxdist.progress import Place
 from foxdist.verdict import HANG, SUSPECT, Heard, Word, judge, longest_step, word_at
 from foxdist.watch import LOST
 
-from runs import TRAIN, go, losses, processes, tree, write_data, write_yaml
+from runs import TRAIN, go, losses, processes, tree, write_yaml
 
 SCRIPT = Path(__file__).with_name("faulty.py")
 TIMEOUT = 12.0  # seconds; a step takes a tenth of one
 LATE = 30.0  # seconds that the ranks may take to notice, to speak and to end, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("watch") / "data")
 
 
 def settings(data, folder):
