@@ -10,6 +10,13 @@ if not torch.cuda.is_available():
 
 from ranks import Ranks, poison_memory
 
+LONGEST = ("test_slurm", "test_watch", "test_train", "test_kernel_builds")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes comes first: of files that run side by side, none is left alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def ranks():
@@ -17,6 +24,14 @@ def ranks():
     pool = Ranks()
     yield pool.run
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared folder of sequences of 512 tokens, which no test changes."""
+    from runs import write_data  # with all of training, which few tests need
+
+    return write_data(tmp_path_factory.mktemp("data") / "prepared")
 
 
 @pytest.fixture(autouse=True)

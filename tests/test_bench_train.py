@@ -44,11 +44,16 @@ def run(model, *options):
 
 
 def measured(rank, size, path, gate, length, overrides, folder):
-    """Metrics of a cell, and how many models are left after it."""
+    """Metrics of a cell, and how many models it leaves behind."""
+    before = models()  # of other tests on this rank
     given = [f"data.sequence_length={length}", f"train.tokens_per_step={length}", *overrides]
     trace = folder / "trace.json" if folder else None
     values = cells.measure(cells.Cell("tiny", gate, configuration.load(path, given), 1, 2 if trace else 1, trace))
-    return values, sum(isinstance(each, FoX) for each in gc.get_objects())
+    return values, len(models()) - len(before)
+
+
+def models():
+    return [each for each in gc.get_objects() if isinstance(each, FoX)]
 
 
 def test_opened_gates_keep_the_share_of_their_regime(ranks, model):

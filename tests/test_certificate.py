@@ -18,7 +18,7 @@ from foxdist.guard import PrunedTooMuchError, check_pruned
 from foxdist.layout import blocks_of, shard
 
 from cases import gradients, inputs
-from runs import go, rows, tree, write_data
+from runs import go, rows, tree
 
 MANY = 6000  # samples: every query of a rank is among them
 
@@ -139,11 +139,6 @@ def test_too_much_ends_the_run_on_every_rank(ranks):
         assert "layer 1, head 1" in message
         assert "0.0003" in message
         assert "4.54e-05" in message
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "prepared")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

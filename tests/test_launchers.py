@@ -1,5 +1,6 @@
 """launch/local.sh and launch/multinode.sh: the real launchers, with ranks on this machine's CPUs."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from runs import environment, rows, tree, write_data, write_yaml
+from runs import environment, rows, tree, write_yaml
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 # The programs by which DeepSpeed reaches other hosts, on this one: ssh runs what it is told, and pdsh what it is told
@@ -25,11 +27,6 @@ for i in "${!hosts[@]}"; do bash -c "${command//%n/$i}" & pids+=($!); done
 worst=0; for pid in "${pids[@]}"; do wait "$pid" || worst=$?; done; exit "$worst"
 """,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("launchers") / "data")
 
 
 @pytest.fixture
@@ -54,9 +51,20 @@ def launchers(folder):
     }
 
 
-def start(arguments, variables, log):
+@contextlib.contextmanager
+def started(arguments, variables, log):
+    """The script. Its ranks do not outlive the test: a machine that they keep busy would fail the next ones, too."""
     script, *rest = arguments
-    return subprocess.Popen(["bash", LAUNCH / script, *rest], env=variables, stdout=log, stderr=log)
+    with log.open("w") as out:
+        process = subprocess.Popen(["bash", LAUNCH / script, *rest], env=variables, stdout=out, stderr=out)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("way", ["local", "torchrun", "hostfile"])
@@ -65,9 +73,8 @@ def test_signals_reach_the_ranks_and_their_status_comes_back(variables, data, tm
     log = tmp_path / "log"
     config = write_yaml(tmp_path, tree(data, tmp_path / "run", parallel__cp=2, train__steps=100000))
     number, name = (signal.SIGTERM, "SIGTERM") if way == "hostfile" else (signal.SIGUSR1, "SIGUSR1")
-    with log.open("w") as out:
-        process = start([*launchers(tmp_path)[way], str(config)], variables, out)
-        metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    with started([*launchers(tmp_path)[way], str(config)], variables, log) as process:
+        metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
@@ -84,11 +91,11 @@ def test_signals_reach_the_ranks_and_their_status_comes_back(variables, data, tm
 
 @pytest.mark.parametrize("way", ["local", "torchrun"])
 def test_a_mistake_is_said_and_comes_back_as_the_ranks_status(variables, tmp_path, way):
+    log = tmp_path / "log"
     config = write_yaml(tmp_path, tree("/nowhere", tmp_path / "run", parallel__cp=2))
-    with (tmp_path / "log").open("w") as out:
-        process = start([*launchers(tmp_path)[way], str(config)], variables, out)
+    with started([*launchers(tmp_path)[way], str(config)], variables, log) as process:
         assert process.wait(timeout=120) == 2
-    assert "error: data.path=/nowhere: no such folder" in (tmp_path / "log").read_text()
+    assert "error: data.path=/nowhere: no such folder" in log.read_text()
 
 
 @pytest.mark.parametrize("way", ["local", "torchrun", "hostfile"])

@@ -19,7 +19,7 @@ from foxdist.data.folder import open_folder
 from foxdist.data.streaming_import import import_streaming
 from foxdist.shares import Flat, Piece
 
-from runs import by_step, go, losses, read, tree, write_data
+from runs import by_step, go, losses, read, tree
 
 SHAPES = {"matrix": (5, 7), "vector": (13,), "one": (1,), "small": (2, 1), "last": (31,)}
 
@@ -108,11 +108,6 @@ def test_what_any_ranks_wrote_any_other_read(tmp_path_factory, before, after):
 # ---- engines
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("resize") / "data")
 
 
 def configured(data, folder, precision="fp32", cp=1, zero=1, steps=STEPS):

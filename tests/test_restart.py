@@ -18,14 +18,9 @@ from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
 
-from runs import TRAIN, command, environment, go, launch, losses, tree, write_data, write_yaml
+from runs import TRAIN, command, environment, go, launch, losses, tree, write_yaml
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("restart") / "data")
 
 
 def test_a_killed_run_continues_to_the_last_bit(ranks, data, tmp_path):

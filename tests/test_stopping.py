@@ -19,14 +19,9 @@ from foxdist.progress import Place, progress
 from foxdist.sinks import Sinks
 from foxdist.stopping import ECHO, MARGIN, Listener, Stop, live_as_long_as_the_parent
 
-from runs import go, losses, processes, tree, write_data, write_yaml
+from runs import go, losses, processes, tree, write_yaml
 
 SCRIPT = Path(__file__).with_name("signalled.py")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("stopping") / "data")
 
 
 def settings(data, folder):

@@ -22,14 +22,9 @@ from foxdist.data.loader import one_sequence
 from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
 
-from runs import go, launch, losses, tree, write_data, write_texts, write_yaml
+from runs import go, launch, losses, tree, write_texts, write_yaml
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("storage") / "data")
 
 
 def configured(data, folder, **changes):

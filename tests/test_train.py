@@ -15,14 +15,9 @@ from foxdist.guard import NonFiniteError
 from foxdist.sinks import Sinks
 
 from ranks import Ranks
-from runs import go, launch, rows, tree, write_data, write_yaml
+from runs import go, launch, rows, tree, write_yaml
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("train") / "data")
 
 
 def curves(rank, size, values, folder, variants):
