@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         retries = int(os.environ.get("FOXDIST_RETRIES") or RETRIES)
         again, why = end(chosen.run_dir, chosen.status, chosen.told, retries)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # of storage: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 2
     if chosen.status:
@@ -76,13 +76,7 @@ def begin(config: Config, restarts: int) -> Path:
 
     A job that somebody submitted counts its fruitless starts from 0. Raises `ConfigError` if the folder cannot be made.
     """
-    run_dir = config.train.run_dir
-    try:
-        run_dir.mkdir(run_folder.PRIVATE, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"train.run_dir={run_dir}: {error}; must be a folder that can be written; choose another"
-        ) from None
+    run_dir = run_folder.make(config)
     now, before = newest(run_dir), read(run_dir) if restarts else Attempts()
     note(run_dir, Attempts(now, before.fruitless if now == before.newest else 0))
     return run_dir

@@ -75,16 +75,25 @@ def check(config: Config) -> None:
         )
 
 
+def make(config: Config) -> Path:
+    """Makes the folder; a new one is open to nobody else (0700). Raises `ConfigError` if it cannot be made."""
+    folder = config.train.run_dir
+    try:
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    return folder
+
+
 def take(config: Config) -> TextIO:
-    """Makes the folder this job's own; for rank 0. A new one is open to nobody else (0700).
+    """Makes the folder this job's own; for rank 0.
 
     Returns the open lock file. The folder is let go when that is closed or the process ends, however it ends. Raises
     `ConfigError` while another process holds it: ranks live on when their launcher is killed, and two jobs would mix
     their checkpoints.
     """
-    folder = config.train.run_dir
+    folder = make(config)
     try:
-        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         if folder.stat().st_mode & OTHERS_WRITE:
             log.warning("train.run_dir=%s: others may write into it, and so change the model; chmod go-w it", folder)
         return hold(folder / "lock")
@@ -94,9 +103,7 @@ def take(config: Config) -> TextIO:
             "a new train.run_dir"
         ) from None
     except OSError as error:
-        raise ConfigError(
-            f"train.run_dir={folder}: {error}; must be a folder that can be written; choose another"
-        ) from None
+        raise _unusable(folder, error) from None
 
 
 def record(config: Config) -> None:
@@ -112,6 +119,10 @@ def checkpoints(run_dir: Path) -> Path:
 def newest_first(root: Path) -> list[Path]:
     """The checkpoints there, by their names: neither unfinished nor set aside."""
     return sorted(root.glob("step_????????"), reverse=True)
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"train.run_dir={folder}: {error}; must be a folder that can be written; choose another")
 
 
 def _leaves(tree: dict[str, Any]) -> dict[str, Any]:
