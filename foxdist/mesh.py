@@ -77,6 +77,9 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
         # Ranks of one host share its cores; torch would give each of them all.
         local_world = int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        # What is nearly forgotten has weights below 1e-38, with which a CPU calculates many times slower than with 0:
+        # the quickstart trains 1.5 times as fast without, with the same losses.
+        torch.set_flush_denormal(True)
     if not dist.is_initialized():
         try:
             dist.init_process_group(

@@ -16,7 +16,7 @@ import pytest
 from runs import TRAIN, losses, rows, tree, write_texts, write_yaml
 from slurm_cluster import ROOT, running
 
-STEPS, EVERY = 60, 7
+STEPS, EVERY = 80, 7
 QUICKSTART_MADE_TINY = {
     "data.sequence_length": 512,
     "model.hidden": 32,

@@ -13,7 +13,7 @@ import torch
 
 from foxdist.attention import copies, streams
 from foxdist.attention.pages import BlockTable, Pages, page_bytes
-from foxdist.attention.plan import UNDER_WAY, Plan
+from foxdist.attention.plan import UNDER_WAY, Plan, Travelling
 from foxdist.attention.transport import ContextParallel, Swap
 from foxdist.layout import BLOCK, blocks_of
 
@@ -40,24 +40,22 @@ def make_route(
     plan: Plan, rank: int, distances: tuple[int, ...], device: torch.device, *users: torch.cuda.Stream
 ) -> Route:
     """The route of `rank` in the stage of `plan` that covers `distances`, made in the current stream for `users`."""
-    size, (rows, heads) = plan.size, plan.need.shape[:2]
-    nothing = np.empty((0, 3), np.int64)
-    lent = [plan.pages(rank, p) if (p - rank) % size in distances else nothing for p in range(size)]
-    borrowed = [plan.pages(p, rank) if (rank - p) % size in distances else nothing for p in range(size)]
-
-    own = _own(rank, size, plan.blocks, plan.layout)
-    row, head, block = np.concatenate(lent).T
+    rows, heads = plan.need.shape[:2]
+    lent, borrowed = plan.lent(rank, distances), plan.borrowed(rank, distances)
+    own = _own(rank, plan.size, plan.blocks, plan.layout)
     # The own pool is ordered (batch row, K/V head, block), blocks ascending.
-    pages = ((row * heads + head) * len(own) + np.searchsorted(own, block)).astype(np.int32)
-    sends = [len(x) for x in lent]
-    where = np.full((size, plan.own), -1, np.int32)
-    where[np.repeat(np.arange(size), sends), pages] = np.arange(len(pages))
-    tables = pages, where, _table_of(np.concatenate(borrowed), rows, heads, plan.blocks)
-    # In one copy; kernels are compiled anew for tables that do not begin at multiples of 16 bytes.
-    padded = [np.pad(x.ravel(), (0, -x.size % 4)) for x in tables]
-    parts = streams.to_device(np.concatenate(padded), device, *users).split([x.size for x in padded])
+    pages = (lent.pair * len(own) + np.searchsorted(own, lent.block)).astype(np.int32)
+    where = np.full((plan.size, plan.own), -1, np.int32)
+    where[np.repeat(np.arange(plan.size), lent.counts), pages] = np.arange(len(pages))
+    tables = pages, where, _table_of(borrowed, rows, heads, plan.blocks)
+    # In one copy. Kernels are compiled anew for tables that do not begin at multiples of 16 bytes.
+    room = [-(-x.size // 4) * 4 for x in tables]
+    together = np.zeros(sum(room), np.int32)
+    for x, part in zip(tables, np.split(together, np.cumsum(room))):
+        part[: x.size] = x.ravel()
+    parts = streams.to_device(together, device, *users).split(room)
     ours, theirs, table = (part[: x.size].view(x.shape) for part, x in zip(parts, tables))
-    return Route(sends, [len(x) for x in borrowed], ours, theirs, BlockTable(*table))
+    return Route(lent.counts.tolist(), borrowed.counts.tolist(), ours, theirs, BlockTable(*table))
 
 
 @lru_cache(maxsize=64)
@@ -65,16 +63,14 @@ def _own(rank: int, size: int, blocks: int, layout: str) -> np.ndarray:
     return blocks_of(rank, size, blocks, layout).numpy()
 
 
-def _table_of(arriving: np.ndarray, rows: int, heads: int, total: int) -> np.ndarray:
-    """[2, B, K, S] int32, the `BlockTable` of a pool that holds `arriving` [M, 3] (row, K/V head, block), in that
-    order."""
-    pages = np.lexsort(arriving.T[::-1])
-    row, head, block = arriving[pages].T
-    owner = row * heads + head  # ascending
-    counts = np.bincount(owner, minlength=rows * heads)
-    slot = np.arange(len(owner)) - np.repeat(counts.cumsum() - counts, counts)
+def _table_of(arriving: Travelling, rows: int, heads: int, total: int) -> np.ndarray:
+    """[2, B, K, S] int32, the `BlockTable` of a pool that holds `arriving`, in that order."""
+    pages = np.argsort(arriving.pair * total + arriving.block)
+    pair, block = arriving.pair[pages], arriving.block[pages]  # pairs ascending
+    counts = np.bincount(pair, minlength=rows * heads)
+    slot = np.arange(len(pair)) - np.repeat(counts.cumsum() - counts, counts)
     table = np.stack([np.full((rows * heads, counts.max()), fill, np.int32) for fill in (total, -1)])
-    table[:, owner, slot] = block, pages
+    table[:, pair, slot] = block, pages
     return table.reshape(2, rows, heads, -1)
 
 

@@ -12,7 +12,7 @@ same plan transposed: j returns them to i in that order.
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -47,16 +47,37 @@ class Plan:
         """Pages that each rank owns."""
         return self.need.shape[0] * self.need.shape[1] * self.blocks // self.size
 
+    def lent(self, rank: int, distances: tuple[int, ...]) -> "Travelling":
+        """What `rank` hands to the ranks at these ring distances behind it."""
+        chunks = _chunk_table(self.size, self.layout)[rank]
+        counts = self.need[..., chunks].transpose(2, 0, 1, 3)  # [P, B, K, chunks of the rank]
+        to = sorted((rank + d) % self.size for d in distances)
+        return self._travelling(counts, np.broadcast_to(chunks, (self.size, len(chunks))), to)
+
+    def borrowed(self, rank: int, distances: tuple[int, ...]) -> "Travelling":
+        """What `rank` gets from the ranks at these ring distances before it."""
+        chunks = _chunk_table(self.size, self.layout)
+        counts = self.need[:, :, rank][..., chunks].transpose(2, 0, 1, 3)  # [P, B, K, chunks of each]
+        return self._travelling(counts, chunks, sorted((rank - d) % self.size for d in distances))
+
+    def _travelling(self, counts: np.ndarray, chunks: np.ndarray, others: list[int]) -> "Travelling":
+        """counts: [P, B, K, c], pages of each of the chunks [P, c] that go from or to each rank."""
+        _, rows, heads, pieces = counts.shape
+        length = self.blocks // self.need.shape[-1]
+        counts = counts[others]
+        each = counts.ravel()
+        ends = np.broadcast_to((chunks[others, None, None] + 1) * length, counts.shape).ravel()
+        pair = np.tile(np.repeat(np.arange(rows * heads), pieces), len(others))
+        # What goes of a chunk is its last blocks.
+        block = np.repeat(ends - each.cumsum(), each) + np.arange(each.sum())
+        of_rank = np.zeros(self.size, np.int64)
+        of_rank[others] = counts.sum((1, 2, 3))
+        return Travelling(np.repeat(pair, each), block, of_rank)
+
     def pages(self, sender: int, receiver: int) -> np.ndarray:
         """Rows (batch row, K/V head, block) [M, 3] that `sender` hands to `receiver`, in message order."""
-        length = self.blocks // self.need.shape[-1]
-        chunks = np.array(chunks_of(sender, self.size, self.layout))
-        counts = self.need[:, :, receiver, chunks]  # [B, K, chunks of the sender]
-        each = counts.ravel()
-        row, head, piece = np.unravel_index(np.repeat(np.arange(each.size), each), counts.shape)
-        # Suffixes: the last page of a piece is its chunk's last block.
-        backwards = np.repeat(each.cumsum(), each) - np.arange(each.sum())
-        return np.stack([row, head, (chunks[piece] + 1) * length - backwards], 1)
+        pair, block, _ = self.lent(sender, ((receiver - sender) % self.size,))
+        return np.stack([*np.divmod(pair, self.need.shape[1]), block], 1)
 
     def stages(self, schedule: str) -> tuple[tuple[int, ...], ...]:
         """The rounds of messages, each as the ring distances it covers: rank r sends to r + d and receives from r - d.
@@ -79,6 +100,17 @@ class Plan:
         return "\n".join([title, "  to rank " + " ".join(f"{j:6d}" for j in range(self.size)), *table])
 
 
+class Travelling(NamedTuple):
+    """Pages between one rank and others, in message order: rank after rank, and as the top of this file says."""
+
+    pair: np.ndarray
+    """[M]: batch row and K/V head, as row * K + head."""
+    block: np.ndarray
+    """[M]: block of the sequence."""
+    counts: np.ndarray
+    """[P]: how many go from or to each rank."""
+
+
 def make_plan(first: np.ndarray, blocks: int, size: int, layout: str) -> Plan:
     """The plan of all ranks.
 
@@ -90,10 +122,11 @@ def make_plan(first: np.ndarray, blocks: int, size: int, layout: str) -> Plan:
     chunk = np.arange(count)
     ends = (chunk + 1) * length
     # suffix[b, k, c, d]: how much of chunk d's end the queries of chunk c need.
-    suffix = np.clip(ends - first[..., None].astype(np.int64), 0, length)
-    suffix = np.where(chunk < chunk[:, None], suffix, 0)
+    suffix = ends.astype(np.int32) - first[..., None].astype(np.int32)
+    np.clip(suffix, 0, length, out=suffix)
+    suffix *= chunk < chunk[:, None]
     table = _chunk_table(size, layout)  # [P, chunks of a rank]
-    need = suffix[:, :, table].max(3)  # two suffixes of one chunk: the longer one holds both
+    need = suffix[:, :, table].max(3).astype(np.int64)  # two suffixes of one chunk: the longer one holds both
     need[:, :, np.arange(size)[:, None], table] = 0
     return Plan(size, layout, blocks, need)
 
