@@ -98,7 +98,8 @@ def page_calls():
         for kind in {dtype, FP32}:
             copies.fetch([pages(4, dim, group, kind)], number, number, pages(4, dim, group, kind))
         total = Pages(k.float(), k.float(), pool.c_in)
-        copies.add(total, number[None], pages(4, dim, group, FP32), dtype)
+        for in_turn in (False, True):
+            copies.add(total, number[None], pages(4, dim, group, FP32), dtype, in_turn)
         start = torch.zeros(1, 2 * group, 8, dtype=torch.int32)
         needs.find_needs(start, 2, make_slots(1, 4, "zigzag", 8, True, torch.device("cpu")))
     for dtype in (BF16, FP32):
