@@ -160,11 +160,10 @@ def _pages(words: torch.Tensor, like: Pages, dtype: torch.dtype) -> Pages:
     dim, group = like.k.shape[3], like.group
     kv = BLOCK * dim * dtype.itemsize // 4
     k, v, c_in = words.split([kv, kv, BLOCK * group], 1)
-    shape = BLOCK, 1, dim
+    shape = len(words), BLOCK, 1, dim
     return Pages(
-        k.view(dtype).unflatten(1, shape), v.view(dtype).unflatten(1, shape),
-        c_in.view(torch.float32).unflatten(1, (group, 1, BLOCK)),
-    )  # fmt: skip
+        k.view(dtype).view(shape), v.view(dtype).view(shape), c_in.view(torch.float32).view(len(words), group, 1, BLOCK)
+    )
 
 
 def _solid(pages: Pages) -> Pages:
