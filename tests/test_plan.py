@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foxdist.attention.messages import make_route
-from foxdist.attention.plan import causal_counts, choose_schedule, make_plan
+from foxdist.attention.plan import GATHERED, STAGE_WORTH, UNDER_WAY, causal_counts, causal_plan, make_plan, stage_count
 from foxdist.layout import blocks_of, chunk_count
+
+PAGE = 2**15  # bytes of K and V of 64 a head in bf16
 
 
 @st.composite
@@ -66,13 +68,13 @@ def test_a_plan_is_what_brute_force_finds(case):
 
 
 @settings(max_examples=100, deadline=None)
-@given(starts(), st.sampled_from(["gather", "ring", "auto"]))
-def test_all_ranks_agree(case, schedule):
+@given(starts(), st.sampled_from([("gather", PAGE), ("ring", PAGE), ("auto", 2**25), ("auto", 2**28)]))
+def test_all_ranks_agree(case, how):
     """What i sends j is what j expects of i, in every stage; all stages together are the plan."""
     plan = plan_of(case)
     size = plan.size
     total = np.zeros((size, size), int)
-    for distances in plan.stages(schedule):
+    for distances in plan.stages(*how):
         routes = [make_route(plan, r, distances, torch.device("cpu")) for r in range(size)]
         sends, receives = (np.array([getattr(r, side) for r in routes]) for side in ("sends", "receives"))
         assert np.array_equal(sends, receives.T)
@@ -90,7 +92,7 @@ def test_routes_move_the_right_blocks(case):
     """Lend and borrow, played by hand: what lands in a row of the table is the block the table says."""
     plan = plan_of(case)
     rows, heads = plan.need.shape[:2]
-    for distances in plan.stages("gather"):
+    for distances in plan.stages("gather", PAGE):
         routes = [make_route(plan, r, distances, torch.device("cpu")) for r in range(plan.size)]
         messages = {}
         for r, route in enumerate(routes):
@@ -109,27 +111,48 @@ def test_by_hand():
     plan = make_plan(np.array([[[0, 1]]]), 4, 2, "contiguous")
     assert plan.counts.tolist() == [[0, 1], [0, 0]]
     assert plan.pages(0, 1).tolist() == [[0, 0, 1]]
-    assert plan.stages("ring") == plan.stages("gather") == ((1,),)
+    assert plan.stages("ring", PAGE) == plan.stages("gather", PAGE) == ((1,),)
     assert "0 ->      0      1" in str(plan)
     nothing = make_plan(np.array([[[0, 2]]]), 4, 2, "contiguous")
-    assert nothing.stages("ring") == nothing.stages("gather") == ()
+    assert nothing.stages("ring", PAGE) == nothing.stages("gather", PAGE) == ()
 
 
 def test_ring_leaves_out_empty_distances():
     first = np.array([[[0, 1, 3, 5]]])  # each chunk of two blocks keeps one block of the chunk before
     plan = make_plan(first, 8, 4, "contiguous")
-    assert plan.stages("ring") == ((1,),)
-    assert plan.stages("gather") == ((1,),)
+    assert plan.stages("ring", PAGE) == ((1,),)
+    assert plan.stages("gather", PAGE) == ((1,),)
 
 
-def test_auto_gathers_what_fits_in_two_ranks_blocks():
-    def plan(keep):
-        chunk = np.arange(8)
-        return make_plan(np.maximum(0, chunk - keep)[None, None] * 4, 32, 8, "contiguous")
+def test_auto_makes_as_many_stages_as_pay():
+    """n stages wait for V / n bytes and cost a stage's time each: n^2 = V / STAGE_WORTH."""
+    plan = causal_plan(1, 1, 64, 16, "zigzag")
+    borrowed = int(plan.counts.sum(0).max())
+    for stages in (1, 2, 3, 7):
+        kv_bytes = int(stages**2 * STAGE_WORTH / borrowed)
+        assert stage_count(plan, kv_bytes) == len(plan.stages("auto", kv_bytes)) == stages
+    assert plan.stages("auto", PAGE) == plan.stages("gather", PAGE)
+    assert plan.stages("auto", 2**40) == plan.stages("ring", PAGE), "one for each distance at most"
 
-    assert choose_schedule(plan(2)) == "gather"
-    assert choose_schedule(plan(3)) == "ring"
-    assert len(plan(3).stages("auto")) == 3
+
+def test_stages_of_auto_are_alike():
+    plan = causal_plan(1, 1, 512, 32, "zigzag")
+    borrowed = int(plan.counts.sum(0).max())
+    stages = plan.stages("auto", int(25 * STAGE_WORTH / borrowed))
+    assert [d for stage in stages for d in stage] == list(range(1, 32)), "nearest first, and all of them"
+    pages = [sum(plan.counts[r, (r + d) % 32] for r in range(32) for d in stage) for stage in stages]
+    assert len(stages) == 5
+    assert max(pages) - min(pages) <= 2 * plan.counts.sum() / 31, "but for a distance at either end"
+
+
+def test_auto_holds_what_there_is_room_for():
+    """Two stages of what a rank borrows are 1 GiB, or two ranks' own."""
+    plan = causal_plan(1, 1, 512, 32, "zigzag")
+    borrowed = int(plan.counts.sum(0).max())
+    kv_bytes = 20 * GATHERED // borrowed
+    held = UNDER_WAY * borrowed * kv_bytes / stage_count(plan, kv_bytes)
+    assert held <= max(GATHERED, 2 * plan.own * kv_bytes)
+    assert stage_count(plan, kv_bytes) > (20 * GATHERED / STAGE_WORTH) ** 0.5, "time alone asks for fewer"
 
 
 @pytest.mark.parametrize("layout, share", [("contiguous", 0.5), ("zigzag", 0.75)])

@@ -31,7 +31,8 @@ class Route:
     lent: torch.Tensor
     """[M] int32: pages of this rank's own pool that travel."""
     where: torch.Tensor
-    """[P, pages] int32: for each rank, the row of `lent` that is the own page, or -1."""
+    """[Q, pages] int32: for each rank of the stage that may borrow, ascending, the row of `lent` that is the own page,
+    or -1."""
     table: BlockTable
     """Where the arriving pool holds its blocks."""
 
@@ -45,8 +46,9 @@ def make_route(
     own = _own(rank, plan.size, plan.blocks, plan.layout)
     # The own pool is ordered (batch row, K/V head, block), blocks ascending.
     pages = (lent.pair * len(own) + np.searchsorted(own, lent.block)).astype(np.int32)
-    where = np.full((plan.size, plan.own), -1, np.int32)
-    where[np.repeat(np.arange(plan.size), lent.counts), pages] = np.arange(len(pages))
+    counts = lent.counts[sorted((rank + d) % plan.size for d in distances)]
+    where = np.full((len(counts), plan.own), -1, np.int32)
+    where[np.repeat(np.arange(len(counts)), counts), pages] = np.arange(len(pages))
     tables = pages, where, _table_of(borrowed, rows, heads, plan.blocks)
     # In one copy. Kernels are compiled anew for tables that do not begin at multiples of 16 bytes.
     room = [-(-x.size // 4) * 4 for x in tables]
@@ -80,7 +82,7 @@ class MessageExchange:
     def __init__(self, cp: ContextParallel, plan: Plan, pool: Pages, kernels: bool):
         self._cp, self.plan, self._pool, self._kernels = cp, plan, pool, kernels
         self._device = pool.k.device
-        self._stages = plan.stages(cp.schedule)
+        self._stages = plan.stages(cp.schedule, pool.bytes_each()[0])
         self._posted: list[tuple[Route, Swap]] = []
         self._returning: list[Swap] = []
         self.sent_pages = self.messages = 0

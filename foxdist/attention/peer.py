@@ -20,12 +20,10 @@ import torch
 from foxdist.attention import copies, streams
 from foxdist.attention.needs import find_needs
 from foxdist.attention.pages import BlockTable, Pages, page_bytes, pages_in
-from foxdist.attention.plan import UNDER_WAY
+from foxdist.attention.plan import GATHERED, UNDER_WAY
 from foxdist.attention.slots import Needs, make_slots
 from foxdist.attention.symmetric import Symmetric, reachable
 from foxdist.attention.transport import ContextParallel
-
-GATHERED = 2**30  # bytes of K/V: what all stages borrow together, up to which `auto` makes one of them
 
 
 class PeerExchange:
@@ -180,6 +178,7 @@ def check_reachable(cp: ContextParallel, device: torch.device) -> None:
 
 
 def _staged(cp: ContextParallel, bytes_of_all: int) -> bool:
+    """Whether each distance has a stage of its own. The host knows no plan to share them out by."""
     if cp.schedule == "auto":
         return cp.size > 3 and bytes_of_all > GATHERED
     return cp.schedule == "ring"

@@ -10,6 +10,7 @@ A message from rank i to rank j carries its pages in ascending (batch row, K/V h
 same plan transposed: j returns them to i in that order.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -22,6 +23,13 @@ Schedule = Literal["auto", "gather", "ring"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 UNDER_WAY = 2
 """Stages whose pages are in a rank's memory at once."""
+GATHERED = 2**30
+"""Bytes of other ranks' K and V that `auto` lets a rank hold at once, if two ranks' own are not more."""
+STAGE_WORTH = 50e6
+"""Bytes of K and V at which a second stage pays: w c / 4, as `stage_count` has it. w is 50 GB/s, of a 400 Gbit/s
+adapter. c is 4 ms, what a stage costs the host in forward and backward: 3.8, 3.9 and 5.4 ms on one H200 that was a rank
+of 8, 16 and 64, without a link (16 heads of 64, `acp` gates, 65,536, 262,144 and 1,048,576 tokens; ring less gather).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,19 +87,24 @@ class Plan:
         pair, block, _ = self.lent(sender, ((receiver - sender) % self.size,))
         return np.stack([*np.divmod(pair, self.need.shape[1]), block], 1)
 
-    def stages(self, schedule: str) -> tuple[tuple[int, ...], ...]:
+    def stages(self, schedule: str, kv_bytes: int) -> tuple[tuple[int, ...], ...]:
         """The rounds of messages, each as the ring distances it covers: rank r sends to r + d and receives from r - d.
 
-        `gather` has one round, `ring` one for each distance, nearest first; rounds in which no rank has anything to
-        send are left out.
+        `gather` has one round, `ring` one for each distance, nearest first; `auto` shares the distances out among as
+        many as `stage_count` says, of about equal pages. Rounds in which no rank has anything to send are left out.
+        kv_bytes: K and V of a page.
         """
-        if schedule == "auto":
-            schedule = choose_schedule(self)
-        ranks = np.arange(self.size)
-        busy = [d for d in range(1, self.size) if self.counts[ranks, (ranks + d) % self.size].any()]
-        if schedule == "ring":
-            return tuple((d,) for d in busy)
-        return (tuple(busy),) if busy else ()
+        rank = np.arange(self.size)
+        distance = (rank - rank[:, None]) % self.size
+        pages = np.bincount(distance.ravel(), self.counts.ravel(), self.size).astype(np.int64)
+        busy = pages.nonzero()[0]
+        count = {"gather": 1, "ring": len(busy)}.get(schedule) or stage_count(self, kv_bytes)
+        if count >= len(busy):
+            return tuple((d,) for d in busy.tolist())
+        pages = pages[busy]
+        middle = 2 * pages.cumsum() - pages  # of each distance's pages among all, doubled
+        stage = middle * count // (2 * pages.sum())
+        return tuple(tuple(busy[stage == i].tolist()) for i in np.unique(stage))
 
     def __str__(self) -> str:
         rows, heads = self.need.shape[:2]
@@ -149,14 +162,17 @@ def busy_distances(counts: np.ndarray, rank: int) -> int:
     return sum(bool(counts[rank, (rank + d) % size] or counts[rank - d, rank]) for d in range(1, size))
 
 
-def choose_schedule(plan: Plan) -> str:
-    """`gather` while no rank borrows more than two ranks' K/V, which a double-buffered dense ring would hold anyway;
-    else `ring`.
+def stage_count(plan: Plan, kv_bytes: int) -> int:
+    """In how many stages `auto` moves a plan, at least 1: as many as time asks for, and more where memory does.
 
-    Both move the same pages, gather in one round (one latency) and with all of them in memory at once, ring in up to
-    P - 1 rounds with two in memory. So gather is predicted faster wherever its memory is harmless.
+    What no tiles hide is mostly the first stage's way there, in forward and in backward, and the last gradients' way
+    home in float32: 4 V / n w for V bytes borrowed in n stages over a link of w. A stage costs c besides. The sum is
+    least for n = sqrt(4 V / w c). V is the most that any rank borrows, so all ranks say the same.
     """
-    return "gather" if plan.counts.sum(0).max() <= 2 * plan.own else "ring"
+    borrowed = int(plan.counts.sum(0).max()) * kv_bytes
+    room = max(2 * plan.own * kv_bytes, GATHERED)
+    for_memory = 1 if borrowed <= room else -(-UNDER_WAY * borrowed // room)
+    return max(1, round(math.sqrt(borrowed / STAGE_WORTH)), for_memory)
 
 
 @lru_cache(maxsize=64)

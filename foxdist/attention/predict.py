@@ -17,20 +17,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from foxdist.attention.plan import Plan, choose_schedule, make_plan
+from foxdist.attention.plan import Plan, make_plan
 from foxdist.layout import BLOCK, Layout, chunk_count, chunks_of
 
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5  # of a tile, each 2 BLOCK^2 D FLOPs
-CONTIGUOUS_BELOW = 4096
+CONTIGUOUS_BELOW = 1024
 """Tokens a rank, times query heads of a K/V head, up to which `auto` picks `contiguous` for ranks on several hosts.
 
 A rank's work grows with T^2 / P and its bytes with T K / H, so their ratio hangs on T / P x H / K, and on neither the
 number of heads nor D. Forecasts by `python -m foxdist.bench context-parallel` with 16x64, 16/4x64, 8x128 and 24x64,
 16k to 1M tokens, 2 to 128 ranks, --ranks-per-host 8, 4 and 1. Over several hosts with `acp` gates contiguous is faster
-in 189 of 195 cases up to this many, by 1.42 at most, and slower by 1.13 at worst; above, up to twice as many, in 50 of
-62, and slower by 1.29 at worst; beyond in 44 of 179, and slower by 2.1. With nothing pruned the two are within 1.10 up
-to this many, and beyond twice as many zigzag is always faster, by up to 2.0. On one host contiguous is faster in 5 of
-84 cases with `acp` gates, by 1.08 at most, and in none with nothing pruned.
+in 73 of 87 cases up to this many, by 1.36 at most, and slower by 1.04 at worst; with twice as many in 24 of 51, and
+slower by 1.10 at worst; beyond in 40 of 298, and slower by 1.9. With nothing pruned zigzag is faster in 474 of 482, by
+up to 2.0. On one host contiguous is faster in 3 of 140 cases with `acp` gates, by 1.08 at most, and in none with
+nothing pruned.
 """
 
 
@@ -58,8 +58,8 @@ class Forecast:
     plan: Plan
     tiles: np.ndarray
     """[P, P] int64: kept tiles of rank i's queries (row) over rank j's keys (column), over the batch and heads."""
-    schedule: str
-    """`gather` or `ring`."""
+    stages: tuple[tuple[int, ...], ...]
+    """The rounds of messages, as `Plan.stages` says."""
     page_bytes: int
     """K and V of a page."""
     forward: float
@@ -92,7 +92,7 @@ class Forecast:
     @property
     def borrowed(self) -> int:
         """Bytes of borrowed K and V in a rank's memory at once, the most: two rounds' pages."""
-        rounds = [_round(self.plan, stage).sum(0) for stage in self.plan.stages(self.schedule)]
+        rounds = [_round(self.plan, stage).sum(0) for stage in self.stages]
         rounds.append(np.zeros(self.plan.size, np.int64))
         return max((int((a + b).max()) for a, b in pairwise(rounds)), default=0) * self.page_bytes
 
@@ -116,22 +116,22 @@ def forecast(
     chunks = chunk_count(size, layout)
     first = start[:, :, :: blocks // chunks].reshape(rows, kv_heads, heads // kv_heads, chunks).min(2)
     plan = make_plan(first, blocks, size, layout)
-    schedule = choose_schedule(plan) if schedule == "auto" else schedule
     tiles = tiles_between(start, size, layout)
     gate = heads // kv_heads * BLOCK * 4  # gate sums, and their gradient, travel with every page
     page, gradient = 2 * BLOCK * dim * itemsize, 2 * BLOCK * dim * 4
-    stages = [_round(plan, stage) for stage in plan.stages(schedule)]
-    there = [_seconds(pages * (page + gate), machine) for pages in stages]
-    home = [_seconds(pages.T * (gradient + gate), machine) for pages in stages]
+    stages = plan.stages(schedule, page)
+    rounds = [_round(plan, stage) for stage in stages]
+    there = [_seconds(pages * (page + gate), machine) for pages in rounds]
+    home = [_seconds(pages.T * (gradient + gate), machine) for pages in rounds]
     product = 2 * BLOCK**2 * dim
     own = tiles.diagonal()
-    borrowed = [np.where(_covered(plan, stage).T, tiles, 0).sum(1) for stage in plan.stages(schedule)]
+    borrowed = [np.where(_covered(plan, stage).T, tiles, 0).sum(1) for stage in stages]
     forward, backward = (count * product / rate for count, rate in _products(machine))
     takes = _walk(own * forward, [n * forward for n in borrowed], there, [])
     both = takes + _walk(own * backward, [n * backward for n in borrowed], there, home)
     slowest = int(both.argmax())
     exposed = both[slowest] - tiles[slowest].sum() * (forward + backward)
-    return Forecast(plan, tiles, schedule, page, float(takes.max()), float(both[slowest]), float(exposed))
+    return Forecast(plan, tiles, stages, page, float(takes.max()), float(both[slowest]), float(exposed))
 
 
 def alone(start: np.ndarray, dim: int, machine: Machine) -> tuple[float, float]:

@@ -101,16 +101,21 @@ class Swap:
         assert sum(receives) == len(arriving), f"{receives=} {arriving.shape=}"
         self.sent_rows = self.messages = 0
         operations = []
-        for peer, (outgoing, incoming) in enumerate(zip(rows.split(list(sends)), arriving.split(list(receives)))):
+        sent = arrived = 0
+        for peer, (outgoing, incoming) in enumerate(zip(sends, receives)):
+            if not outgoing and not incoming:
+                continue
+            leaving, coming = rows[sent : sent + outgoing], arriving[arrived : arrived + incoming]
+            sent, arrived = sent + outgoing, arrived + incoming
             if peer == cp.rank:
-                incoming.copy_(outgoing)
+                coming.copy_(leaving)
                 continue
             there = cp.members[peer]
-            if len(incoming):
-                operations.append(dist.P2POp(dist.irecv, incoming, there, cp.group, len(incoming)))
-            if len(outgoing):
-                operations.append(dist.P2POp(dist.isend, outgoing, there, cp.group, len(outgoing)))
-                self.sent_rows += len(outgoing)
+            if incoming:
+                operations.append(dist.P2POp(dist.irecv, coming, there, cp.group, incoming))
+            if outgoing:
+                operations.append(dist.P2POp(dist.isend, leaving, there, cp.group, outgoing))
+                self.sent_rows += outgoing
                 self.messages += 1
         self._exchange = progress.exchange(what, tuple({op.peer for op in operations}))
         self._works = dist.batch_isend_irecv(operations) if operations else []

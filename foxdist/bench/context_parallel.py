@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--schedules", nargs="+", choices=SCHEDULES, default=["gather", "ring"], help="to measure")
     add("--transports", nargs="+", choices=TRANSPORTS, default=["auto"], help="to measure; default: auto")
     add("--repeats", type=positive, metavar="N", help="sets of fresh inputs; default: 5 on a GPU, 3 on a CPU")
-    add("--backend", choices=["auto", *BACKENDS], default="auto", help="of attention; default: %(default)s")
+    add("--backend", choices=BACKENDS, default="auto", help="of attention; default: %(default)s")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--output", type=Path, metavar="DIR", help="also write table.md, context_parallel.json and .png there")
