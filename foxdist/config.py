@@ -98,7 +98,7 @@ class Parallel(Section):
     """What carries them: `nccl` messages (on CPUs gloo's), `peer` each other's memory, on one host. `auto` takes `peer`
     on GPUs that can."""
     overlap: bool = True
-    """False waits for every exchange where it is posted, for debugging. The results are the same bits."""
+    """False waits for every message where it is posted, for debugging. The results are the same bits."""
     timeout_minutes: float = Field(10.0, gt=0)
     """A rank that waits for others longer than this, or stays at one place of a step, ends the job (watch.py)."""
     hang_factor: float = Field(10.0, ge=0)

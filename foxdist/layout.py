@@ -39,9 +39,9 @@ def blocks_of(rank: int, size: int, blocks: int, layout: str, device: torch.devi
     return _indices(rank, size, blocks, layout, device)
 
 
-def positions(rank: int, size: int, T: int, layout: str) -> torch.Tensor:
-    """Global positions [T] (int64) of the `T` tokens that `rank` holds, in layout order."""
-    return _indices(rank, size, T * size, layout)
+def positions(rank: int, size: int, T: int, layout: str, device: torch.device | None = None) -> torch.Tensor:
+    """Global positions [T] (int64) of the `T` tokens that `rank` holds, in layout order. device: default the CPU."""
+    return _indices(rank, size, T * size, layout, device)
 
 
 def shard(x: torch.Tensor, rank: int, size: int, layout: str, dim: int = 1) -> torch.Tensor:
@@ -71,7 +71,7 @@ def unshard(parts: list[torch.Tensor], layout: str, dim: int = 1) -> torch.Tenso
 
 def _indices(rank: int, size: int, length: int, layout: str, device: torch.device | None = None) -> torch.Tensor:
     """Global indices that `rank` owns of `length` things given out by `layout`."""
-    return shard(torch.arange(length, device=device), rank, size, layout, dim=0)
+    return shard(torch.arange(length, device=device or "cpu"), rank, size, layout, dim=0)
 
 
 def _check(size: int, layout: str) -> None:

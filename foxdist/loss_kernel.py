@@ -30,6 +30,9 @@ def _softmax_gradient(logits_ptr, labels_ptr, loss_ptr, columns, vocab, ignore, 
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * columns
     label = tl.load(labels_ptr + row)
+    real = label != ignore
+    # Before the reductions, whose barriers keep it from the warps that write gradients in its place.
+    chosen = tl.load(logits + tl.where(real, label, 0)).to(tl.float32)
     top = tl.full([COLUMNS], float("-inf"), tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     for begin in range(0, vocab, COLUMNS):
@@ -43,8 +46,6 @@ def _softmax_gradient(logits_ptr, labels_ptr, loss_ptr, columns, vocab, ignore, 
         top = higher
     highest = tl.max(top, 0)
     lse = highest + tl.log(tl.sum(tl.where(total > 0, total * tl.exp(top - highest), 0.0), 0))
-    real = label != ignore
-    chosen = tl.load(logits + tl.where(real, label, 0)).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(real, lse - chosen, 0.0))
     for begin in range(0, columns, COLUMNS):
         at = begin + tl.arange(0, COLUMNS)

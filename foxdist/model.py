@@ -112,9 +112,8 @@ class FoX(nn.Module):
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] int64, in the whole sequence."""
-        cp, length = self.cp, tokens.shape[1]
-        where = positions(cp.rank, cp.size, length, cp.layout) if cp else torch.arange(length)
-        return where.to(tokens.device)
+        rank, size, layout = (self.cp.rank, self.cp.size, self.cp.layout) if self.cp else (0, 1, "contiguous")
+        return positions(rank, size, tokens.shape[1], layout, tokens.device)  # made there: no copy to wait for
 
     def attention_layers(self) -> list[Attention]:
         """The attention of each block, from the bottom up."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention, tiles_torch
+from foxdist.attention.interface import find_kept
 from foxdist.attention.queries import Queries
 
 from cases import GATES, gradients, inputs, relative
@@ -127,6 +128,15 @@ def test_mistakes_are_named(change, word):
     arguments = {name: torch.zeros(1, 256, 2, 16) for name in ("q", "k", "v")} | {"log_f": torch.zeros(1, 256, 2)}
     with pytest.raises(ValueError, match=word):
         forgetting_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("length, heads", [(384, 2), (640, 2), (512, 1)])
+def test_what_is_kept_must_be_of_these_gates(length, heads):
+    tensors, (*_, log_f) = inputs(1, 512, 2), inputs(1, length, heads)
+    acp = Acp(logit_bound=4.0)
+    kept = find_kept(log_f, kv_heads=heads, head_dim=16, dtype=torch.float32, acp=acp)
+    with pytest.raises(ValueError, match=r"kept: of .* must be of \[1, 2, 4\], as q, and of 4;"):
+        forgetting_attention(*tensors, acp=acp, kept=kept)
 
 
 def test_what_ran_and_why_nothing_faster_did():

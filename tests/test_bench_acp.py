@@ -96,6 +96,15 @@ def test_the_table(tmp_path, capsys):
     assert rows[2]["tiles_kept(%)"] < rows[1]["tiles_kept(%)"]
 
 
+def test_what_is_no_number_is_no_promise(tmp_path, capsys):
+    q, k, _, log_f = inputs(1, 512, 2, 2, kind="initial")
+    q[0, 500, 0] = math.nan
+    save_file({"log_f": log_f, "q": q, "k": k}, tmp_path / "recorded.safetensors")
+    arguments = ["acp", "--device", "cpu", "--shapes", "2x16", "--gates", str(tmp_path / "recorded.safetensors")]
+    assert bench.main([*arguments, "--lengths", "512", "--ranks", "2", "--samples", "2000"]) == 1
+    assert "nan" in capsys.readouterr().out
+
+
 def test_recorded_queries_and_keys_are_used(tmp_path, capsys):
     """Two layers, of which the second has keys so long that next to nothing can be pruned of it."""
     q, k, _, log_f = inputs(1, 1024, 2, 1, kind="initial")

@@ -1,5 +1,6 @@
 """`python -m foxdist.bench scaling`: points of a scaling experiment as one table and picture."""
 
+import itertools
 import json
 
 import pytest
@@ -59,6 +60,24 @@ def test_points_are_compared_along_both_lines(folder, capsys):
     assert f"no result, see the logs there: {folder}/points/killed" in said
     assert (folder / "table.md").read_text().strip() == said.strip()
     assert (folder / "scaling.png").stat().st_size > 10_000
+
+
+def test_points_of_other_options_are_not_compared(tmp_path, capsys):
+    """Nor layouts, which stand among the overrides of the setup. What tells them apart is in the table."""
+    kinds = [([], "off", 100.0), (["parallel.layout=contiguous"], "off", 50.0), ([], "on", 25.0)]
+    for (overrides, checkpointing, rate), gpus in itertools.product(kinds, (1, 2)):
+        place = tmp_path / f"{rate}-{gpus}"
+        place.mkdir()
+        setup = {"device": "GPU", "ranks": gpus, "overrides": overrides}
+        point = row(1024, gpus, rate / gpus, checkpointing=checkpointing)
+        (place / "train.json").write_text(json.dumps({"setup": setup, "rows": [point]}))
+    assert bench.main(["scaling", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "setup 1: device GPU\n\nsetup 2: device GPU, overrides ['parallel.layout=contiguous']" in said
+    assert "| model | ACP | checkpointing | setup | tokens |" in said
+    found = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [r["strong"] for r in found] == [pytest.approx(1.0)] * 6
+    assert "| tiny | on | off | 2 | 1,024 | 2 | 512 | 50 | 25 |" in said
 
 
 def test_a_folder_without_points_is_named(tmp_path, capsys):

@@ -216,6 +216,16 @@ def outputs_and_fakes(rank, size, layout, backend, transport):
     return run(tensors), fakes
 
 
+def test_fake_tensors_do_not_stay():
+    """What a length needs is made once and kept; of fake tensors it would be fake, and the next real call fail."""
+    tensors = inputs(1, 1408, 2)
+    mode = FakeTensorMode()
+    with mode:
+        forgetting_attention(*(mode.from_tensor(x) for x in tensors), acp=Acp(), return_stats=True)
+    _, stats = forgetting_attention(*tensors, acp=Acp(), return_stats=True)
+    assert stats.tiles_causal == 2 * 11 * 12 / 2
+
+
 @pytest.mark.parametrize(
     "layout, backend, transport",
     [("zigzag", "torch", "nccl"), ("contiguous", "torch", "peer"), ("zigzag", "triton", "nccl")],

@@ -1,7 +1,11 @@
 """Pages on the move without processes: tables on the device against the plan, and the kernels that copy pages."""
 
+import types
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import plan_of, starts
@@ -10,6 +14,7 @@ from foxdist.attention import copies
 from foxdist.attention.needs import find_needs
 from foxdist.attention.pages import Pages, page_bytes, pages_in
 from foxdist.attention.slots import make_slots
+from foxdist.attention.symmetric import reachable
 from foxdist.layout import BLOCK, blocks_of, chunk_count
 
 CPU = torch.device("cpu")
@@ -66,28 +71,35 @@ def test_the_kernel_makes_the_same_tables(case, staged):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def pool_of(dtype, rows=2, blocks=3, heads=2, group=2, dim=16):
+def pool_of(dtype, dim=16, rows=2, blocks=3, heads=2, group=2):
     g = torch.Generator().manual_seed(0)
     k, v = (torch.randn(rows, blocks * BLOCK, heads, dim, generator=g).to(dtype) for _ in range(2))
     return Pages(k, v, torch.randn(rows, heads * group, blocks, BLOCK, generator=g))
 
 
-def empty_pages(count, dtype, group=2, dim=16):
+def empty_pages(count, dtype, dim=16, group=2):
     return pages_in(
         torch.full((count * page_bytes(dim, group, dtype),), 7, dtype=torch.uint8), count, dim, group, dtype
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pages_are_gathered_by_number(dtype):
-    """In the kernel and in torch, from a view whose heads do not stand together; -1 leaves a row as it is."""
-    pool = pool_of(dtype)
-    wide = torch.zeros(2, 3 * BLOCK, 2, 32, dtype=dtype)
-    wide[..., :16] = pool.k
+DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+DIM = pytest.mark.parametrize("dim", [16, 24])  # a kernel's lanes are powers of 2
+
+
+@DTYPE
+@DIM
+@pytest.mark.parametrize("step", [1, 2])
+def test_pages_are_gathered_by_number(dtype, dim, step):
+    """In the kernel and in torch, from a view whose numbers do not stand together; -1 leaves a row as it is."""
+    pool = pool_of(dtype, dim)
+    wide = torch.zeros(2, 3 * BLOCK, 2, 3 * dim, dtype=dtype)
+    view = wide[..., : dim * step : step]
+    view.copy_(pool.k)
     lent = torch.tensor([5, -1, 0, 11, 5], dtype=torch.int32)
     for kernels in (False, True):
-        out = empty_pages(5, dtype)
-        copies.gather(pool._replace(k=wide[..., :16]), lent, out, kernels)
+        out = empty_pages(5, dtype, dim)
+        copies.gather(pool._replace(k=view), lent, out, kernels)
         for x, got in zip(pool.by_page(), out):
             for row, page in enumerate(lent.tolist()):
                 if page >= 0:
@@ -95,7 +107,7 @@ def test_pages_are_gathered_by_number(dtype):
         assert out.k[1].view(torch.uint8).eq(7).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@DTYPE
 def test_pages_are_fetched_by_source_and_number(dtype):
     sources = []
     for i in range(3):
@@ -113,15 +125,16 @@ def test_pages_are_fetched_by_source_and_number(dtype):
             assert got[2].view(torch.uint8).eq(7).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_returned_gradients_are_added_in_order(dtype):
+@DTYPE
+@DIM
+def test_returned_gradients_are_added_in_order(dtype, dim):
     """Float32 sums, rounded once. The kernel's bits are torch's, but for the interpreter, which cuts off in bf16."""
     where = torch.tensor([[-1, 0, -1, 2, *[-1] * 8], [1, 3, -1, -1, *[-1] * 7, 0]], dtype=torch.int32)
-    returned = empty_pages(4, torch.float32)
+    returned = empty_pages(4, torch.float32, dim)
     for x in returned:
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
-    found = [copies.add(pool_of(torch.float32), where, returned, dtype, kernels) for kernels in (False, True)]
-    before = pool_of(torch.float32)
+    found = [copies.add(pool_of(torch.float32, dim), where, returned, dtype, kernels) for kernels in (False, True)]
+    before = pool_of(torch.float32, dim)
     assert found[0].k.dtype == dtype
     assert found[0].c_in.dtype == torch.float32
     for a, b in zip(*found):
@@ -129,6 +142,24 @@ def test_returned_gradients_are_added_in_order(dtype):
     expected = before.by_page()[0].flatten(0, 2)[1] + returned.k[0, :, 0] + returned.k[3, :, 0]
     assert torch.equal(found[0].by_page()[0].flatten(0, 2)[1], expected.to(dtype))
     assert torch.equal(found[0].by_page()[0].flatten(0, 2)[2], before.by_page()[0].flatten(0, 2)[2].to(dtype))
+
+
+def can_reach(rank, size, numbers, gpus, count):
+    """As ranks on GPUs, of one host, that are called so here and see so many."""
+    properties = types.SimpleNamespace(uuid=gpus[rank])
+    with (
+        patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+        patch.object(torch.cuda, "device_count", lambda: count),
+        patch.object(torch.cuda, "can_device_access_peer", lambda a, b: True),
+    ):
+        return reachable.__wrapped__(dist.group.WORLD, torch.device("cuda", numbers[rank]))
+
+
+def test_who_reaches_whom(ranks):
+    assert ranks(2, can_reach, (0, 1), ("a", "b"), 2) == ["", ""]
+    for numbers, gpus in (((0, 0), ("a", "b")), ((0, 1), ("a", "b"))):
+        said = ranks(2, can_reach, numbers, gpus, 1)
+        assert said == ["each rank sees only its own GPU, as CUDA_VISIBLE_DEVICES has it"] * 2
 
 
 def test_slots_hold_every_foreign_block_once():

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_compile import ROUNDING, compare, needs_gxx, whole_model
-from test_model import batch, small
+from test_model import batch, built, small
 from test_train import curves
 from test_watch import DIFFERS, LATE, SAID, TIMEOUT, run_with, settings
 
@@ -59,15 +59,15 @@ def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidd
     assert graphs == 1
 
 
-def attend(rank, size, layout, schedule, acp, transport):
+def attend(rank, size, layout, schedule, acp, transport, backend="auto", overlap=True):
     tensors = [shard(x, rank, size, layout).cuda() for x in inputs(2, 2048, 4, 2, 64)]
-    cp = ContextParallel(dist.group.WORLD, layout, schedule, transport=transport)
+    cp = ContextParallel(dist.group.WORLD, layout, schedule, overlap, transport)
     certified = replace(acp, certify=200)
-    _, stats = forgetting_attention(*tensors, acp=certified, cp=cp, return_stats=True)
+    _, stats = forgetting_attention(*tensors, acp=certified, cp=cp, backend=backend, return_stats=True)
     assert stats.pruned.max() <= math.exp(acp.log_eps)
 
     def attention(*tensors):
-        return forgetting_attention(*tensors, acp=acp, cp=cp)
+        return forgetting_attention(*tensors, acp=acp, cp=cp, backend=backend)
 
     runs = [[x.cpu() for x in gradients_with_slice(attention, tensors, rank, size, layout)] for _ in range(4)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run)), "all runs give the same bits"
@@ -100,6 +100,43 @@ RULES = pytest.mark.parametrize("acp", [Acp(logit_bound=8.0), Acp(bound="tight")
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_give_what_one_process_gives(ranks, size, layout, schedule, acp, transport):
     compare_ranks(ranks(size, attend, layout, schedule, acp, transport, backend="nccl"), layout, acp)
+
+
+@needs_gpu
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_ranks_without_kernels(ranks, transport):
+    """Tiles in torch, as for heads of a size that no kernel has; pages are copied by kernels all the same."""
+    acp = Acp(logit_bound=8.0)
+    compare_ranks(ranks(2, attend, "zigzag", "ring", acp, transport, "torch", backend="nccl"), "zigzag", acp)
+
+
+@needs_gpu
+@pytest.mark.parametrize("schedule", ["gather", "ring"])
+def test_messages_that_are_waited_for(ranks, schedule):
+    acp = Acp(logit_bound=8.0)
+    answers = ranks(4, attend, "zigzag", schedule, acp, "nccl", "auto", False, backend="nccl")
+    compare_ranks(answers, "zigzag", acp)
+
+
+def train_without_waiting(rank, size, transport):
+    """Steps of a FoX (Pro) with RoPE in which whatever waits for the device raises."""
+    cp = ContextParallel(dist.group.WORLD, "zigzag", transport=transport)
+    fox = built(small(hidden=128, rope=True), acp=Acp(), cp=cp).cuda()
+    data = [shard(x, rank, size, "zigzag").cuda() for x in batch()]
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            fox(*data).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return all(p.grad.isfinite().all().item() for p in fox.parameters())
+
+
+@needs_gpu
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_the_host_waits_for_no_device(ranks, transport):
+    """In forward and backward; but messages' sizes, which arrive while q, k and v are made, as an event."""
+    assert all(ranks(2, train_without_waiting, transport, backend="nccl"))
 
 
 @needs_gpu

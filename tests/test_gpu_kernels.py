@@ -125,7 +125,7 @@ def test_same_bits_every_run_and_without_pruning(backend):
     # A bound as large as 99 takes the running maximum, as no bound does.
     off, *others = (
         gradients(tensors, backend=backend, acp=acp)
-        for acp in (None, Acp(log_eps=-1e30, logit_bound=99.0), Acp(log_eps=-math.inf, logit_bound=11.6))
+        for acp in (None, Acp(log_eps=np.float64(-1e30), logit_bound=99.0), Acp(log_eps=-math.inf, logit_bound=11.6))
     )
     assert all(torch.equal(a, b) for other in others for a, b in zip(off, other))
 

@@ -91,7 +91,7 @@ def page_calls():
         return pages_in(memory, count, dim, group, dtype)
 
     number = torch.zeros(4, dtype=torch.int32)
-    for dim, group, dtype in ((64, 1, BF16), (128, 2, BF16), (32, 1, FP32)):
+    for dim, group, dtype in ((64, 1, BF16), (128, 2, BF16), (32, 1, FP32), (96, 1, BF16)):
         k = torch.zeros(1, 256, 2, dim, dtype=dtype)
         pool = Pages(k, k, torch.zeros(1, 2 * group, 2, 128))
         copies.gather(pool, number, pages(4, dim, group, dtype))

@@ -16,6 +16,13 @@ def test_contiguous_by_hand():
     assert positions(1, 2, 4, "contiguous").tolist() == [4, 5, 6, 7]
 
 
+def test_numbers_of_blocks_are_on_the_host_unless_asked():
+    """Whatever torch's default device is: who plans with numpy reads them there."""
+    with torch.device("meta"):
+        assert blocks_of(1, 2, 8, "zigzag").tolist() == [2, 3, 4, 5]
+        assert blocks_of(1, 2, 8, "zigzag", torch.device("meta")).is_meta
+
+
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_every_token_is_owned_once(size, layout):

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from foxdist.attention import (
     messages,
     naive_forgetting_attention,
     peer,
+    ring,
 )
 from foxdist.attention.pages import page_bytes
 from foxdist.attention.symmetric import Symmetric
@@ -110,6 +112,38 @@ def test_kernels_over_ranks_give_what_they_give_on_one(ranks, layout, schedule, 
         got = unshard([grads[i] for grads, _ in answers], layout)
         # The interpreter cuts off where torch rounds, which finishes what several pools added up: an ulp of out.
         assert relative(got, reference) <= eps, name
+
+
+def attend_as_on_gpus(rank, size, transport):
+    """Tiles in torch, pages copied by kernels: what a GPU does where no kernel of attention applies."""
+    exchange = ring._exchange
+    with patch.object(ring, "_exchange", lambda *args: exchange(*args[:-1], "triton")):
+        return attend(rank, size, ("mild", 2), "zigzag", "ring", Acp(logit_bound=4.0), True, transport)
+
+
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_torch_tiles_go_with_copies_in_kernels(ranks, transport):
+    answers = ranks(2, attend_as_on_gpus, transport)
+    assert any(stats.bytes_sent for _, stats in answers)
+    for i, (name, reference) in enumerate(zip(NAMES, expected(("mild", 2), Acp(logit_bound=4.0)))):
+        assert relative(unshard([a[0][i] for a in answers], "zigzag"), reference) < (1e-4 if i == 4 else 1e-5), name
+
+
+def attend_first_without_training(rank, size, transport):
+    """A validation under inference_mode before the first step, which makes the buffers."""
+    messages._buffers.clear()
+    peer._memory.cache_clear()
+    tensors, _ = whole("mild", 1)
+    cp = ContextParallel(dist.group.WORLD, "contiguous", "ring", transport=transport)
+    with torch.inference_mode():
+        forgetting_attention(*(shard(x, rank, size, "contiguous") for x in tensors), acp=Acp(log_eps=-7.0), cp=cp)
+    return attend(rank, size, ("mild", 1), "contiguous", "ring", Acp(log_eps=-7.0), True, transport)[0][0]
+
+
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_inference_before_training(ranks, transport):
+    out = unshard(ranks(3, attend_first_without_training, transport), "contiguous")
+    assert relative(out, expected(("mild", 1), Acp(log_eps=-7.0))[0]) < 1e-5
 
 
 @pytest.mark.parametrize("layout, schedule", itertools.product(["zigzag", "contiguous"], ["gather", "ring"]))

@@ -23,7 +23,7 @@ def pruned_weight(
     same in every batch row and head; every second one is its block's first, which reaches back farthest.
     """
     q, blocks, length = queries.q, queries.blocks, queries.q.shape[1]
-    token = torch.randint(length, (samples,), generator=_draws)
+    token = torch.randint(length, (samples,), generator=_draws, device="cpu")
     token[::2] -= token[::2] % BLOCK
     token = token.to(q.device)
     where = blocks[token // BLOCK] * BLOCK + token % BLOCK  # in the whole sequence

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from foxdist.attention.exchange import Exchange
 from foxdist.attention.messages import MessageExchange
@@ -80,7 +81,8 @@ def needed_by_head(start: torch.Tensor, cp: ContextParallel, kv_heads: int, kv: 
 def own_blocks(total: int, cp: ContextParallel | None, device: torch.device) -> torch.Tensor:
     """[n] int64: the blocks of the sequence, of `total`, that this rank owns."""
     where = (cp.rank, cp.size, total, cp.layout) if cp else (0, 1, total, "contiguous")
-    if torch.compiler.is_compiling():  # which would warn that it sees through the cache, and make them in its graph
+    # Compilation would warn that it sees through the cache; a mode may make tensors of its own, which must not stay.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return blocks_of(*where, device)
     return _blocks_on(*where, device)
 

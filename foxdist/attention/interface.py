@@ -63,23 +63,21 @@ def forgetting_attention(
     acp, cp = _settled(acp, cp, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = {"scale": scale, "acp": acp, "cp": cp, "backend": runs.name}
-    if kept is not None and kept.c_in.shape[:2] != (q.shape[0], q.shape[2]):
-        raise ValueError(
-            f"kept: of {list(kept.c_in.shape[:2])} rows and heads; must be of {[q.shape[0], q.shape[2]]}, as q; call "
-            "find_kept with these gates"
-        )
+    if kept is not None:
+        _check_kept(kept, q, cp)
     if kept is None:
         kept = operators.find_kept(log_f, q, k, kv_heads=k.shape[2], dtype=q.dtype, **options)
     out, counts, pages, pruned = operators.attention(q, k, v, log_f, kept, **options)
     if not return_stats:
         return out
-    blocks = own_blocks(kept.start.shape[-1], cp, kept.start.device)
-    needed = kept.start.new_empty(0, dtype=torch.int64)
+    start = operators.after(kept.start, counts) if cp else kept.start
+    blocks = own_blocks(start.shape[-1], cp, start.device)
+    needed = start.new_empty(0, dtype=torch.int64)
     kv, gates = (page_bytes(k.shape[3], group, k.dtype) for group in (0, q.shape[2] // k.shape[2]))
     if cp is not None:
-        needed = needed_by_head(kept.start, cp, k.shape[2], kv)
+        needed = needed_by_head(start, cp, k.shape[2], kv)
     of_page = (kv, gates - kv)
-    return out, AttentionStats(kept.start, blocks, counts, pages, of_page, pruned, needed, runs.name, runs.reason)
+    return out, AttentionStats(start, blocks, counts, pages, of_page, pruned, needed, runs.name, runs.reason)
 
 
 def find_kept(
@@ -96,7 +94,8 @@ def find_kept(
     are made, and planning across ranks hides behind that. All arguments must be those of the call to come.
 
     log_f: [B, T, H] float32. kv_heads: K. head_dim: D. dtype: of q. None if the rule looks at q and k: without
-    `acp.logit_bound`, or with `bound="tight"`.
+    `acp.logit_bound`, or with `bound="tight"`. Across ranks it is found in another stream, for which the attention
+    waits: until that was called, nobody else may read it.
     """
     acp, cp = _settled(acp, cp, log_f.device)
     if needs_queries(acp):
@@ -116,6 +115,17 @@ def _settled(
     if cp is None or cp.size == 1:
         return acp, None
     return acp, resolve(cp, device) if cp.transport == "auto" else cp
+
+
+def _check_kept(kept: Boundary, q: torch.Tensor, cp: ContextParallel | None) -> None:
+    B, T, H, _ = q.shape
+    blocks = -(-T // BLOCK)
+    total = blocks * (cp.size if cp else 1)
+    if kept.c_in.shape[:3] != (B, H, blocks) or kept.start.shape[2] != total:
+        raise ValueError(
+            f"kept: of {list(kept.c_in.shape[:3])} rows, heads and blocks, and of {kept.start.shape[2]} blocks on all "
+            f"ranks; must be of {[B, H, blocks]}, as q, and of {total}; call find_kept with these gates"
+        )
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_f: torch.Tensor, cp: ContextParallel | None) -> None:

@@ -111,10 +111,16 @@ class MessageExchange:
             copies.gather(self._pool, route.lent, _pages(lent, self._pool, dtype), self._kernels)
             packed = streams.mark(self._device)
             swap = Swap(self._cp, lent, route.sends, route.receives, arriving, self._name("pages", stage))
-        streams.after(packed)  # attention takes all SMs for as long as it runs: messages must have theirs first
+        self._under_way(swap, packed)
         self._posted.append((route, swap))
         self.sent_pages += swap.sent_rows
         self.messages += swap.messages
+
+    def _under_way(self, swap: Swap, packed: torch.cuda.Event | None) -> None:
+        """Back in the current stream, with messages posted beside it."""
+        streams.after(packed)  # attention takes all SMs for as long as it runs: messages must have theirs first
+        if not self._cp.overlap:
+            swap.finish()
 
     def _name(self, what: str, stage: int) -> str:
         return f"{what}, stage {stage + 1} of {len(self._stages)}"
@@ -133,9 +139,9 @@ class MessageExchange:
             for x, into in zip(grads, _pages(rows, grads, torch.float32)):
                 into.copy_(x.view(into.shape))
             packed = streams.mark(self._device)
-            what = self._name("gradients", stage)
-            self._returning.append(Swap(self._cp, rows, route.receives, route.sends, returned, what))
-        streams.after(packed)
+            swap = Swap(self._cp, rows, route.receives, route.sends, returned, self._name("gradients", stage))
+        self._under_way(swap, packed)
+        self._returning.append(swap)
 
     def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:
         """`total`, gradients of the own pages in float32, plus those that others gave back; K and V in `dtype`."""
@@ -152,7 +158,8 @@ class MessageExchange:
         known = _buffers.get(key)
         if known is None or known.numel() < count * words:
             unit = -(-self.plan.own // 8)
-            known = torch.empty(-(-count // unit) * unit * words, dtype=torch.int32, device=self._device)
+            with torch.inference_mode(False):  # the first call may be a validation's
+                known = torch.empty(-(-count // unit) * unit * words, dtype=torch.int32, device=self._device)
             _buffers[key] = known
         return known[: count * words].view(count, words)
 

@@ -47,6 +47,8 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+# x again, for who reads it after `attention` has returned `counts`.
+_library.define("after(Tensor x, Tensor counts) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _find_kept_operator = torch.ops.foxdist.find_kept.default
 _attention = torch.ops.foxdist.attention.default
 _attention_backward = torch.ops.foxdist.attention_backward.default
@@ -82,7 +84,7 @@ def find_kept(
             kv_heads,
             by_head,
             None if number is None else float(number),
-            acp.log_eps if acp else None,
+            float(acp.log_eps) if acp else None,
             acp.bound if acp else "",
             float(scale),
             reference_room(dtype, log_f.shape[1] * (cp.size if cp else 1)),
@@ -113,7 +115,7 @@ def attention(
         v,
         log_f,
         *kept,
-        acp.log_eps if acp else None,
+        float(acp.log_eps) if acp else None,
         acp.certify if acp else 0,
         acp.dry_run if acp else False,
         float(scale),
@@ -121,6 +123,11 @@ def attention(
         cp.key if cp else "",
     )
     return out, counts, pages, pruned
+
+
+def after(start: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`start`, to be read once attention has waited for it: in compiled code nothing else keeps that order."""
+    return torch.ops.foxdist.after.default(start, counts) if torch.compiler.is_compiling() else start
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -287,10 +294,12 @@ def _as_written(like: torch.Tensor) -> Iterator[None]:
         yield
 
 
+_library.impl("after", lambda x, counts: x.clone(), "CompositeExplicitAutograd")
 _library.impl("find_kept", _find_kept, "CompositeExplicitAutograd")
 _library.impl("attention", _Attention.apply, "Autograd")
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("foxdist::after", lambda x, counts: torch.empty_like(x), lib=_library)
 torch.library.register_fake("foxdist::find_kept", _fake_find_kept, lib=_library)
 torch.library.register_fake("foxdist::attention", _fake_forward, lib=_library)
 torch.library.register_fake("foxdist::attention_backward", _fake_backward, lib=_library)

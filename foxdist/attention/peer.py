@@ -164,7 +164,8 @@ def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
     """Every rank calls in the same order, and so lets go of another shape's memory together."""
     check_reachable(cp, shape.device)
     cp.wait_for_all(shape.device)  # nobody reads any more what goes now
-    return _Memory(cp, shape)
+    with torch.inference_mode(False):  # the first call may be a validation's
+        return _Memory(cp, shape)
 
 
 def check_reachable(cp: ContextParallel, device: torch.device) -> None:

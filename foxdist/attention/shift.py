@@ -61,16 +61,18 @@ def _exchange(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tenso
     outgoing = [(owner_of(c + step, size, layout), i) for i, c in enumerate(own) if 0 <= c + step < count]
     incoming = [(owner_of(c - step, size, layout), i) for i, c in enumerate(own) if 0 <= c - step < count]
     outgoing, incoming = sorted(outgoing), sorted(incoming)
+    leaving = [rows[:, i] for _, i in outgoing]  # a list as an index would be copied to the device, and waited for
     swap = Swap(
         cp,
-        rows[:, [i for _, i in outgoing]].movedim(1, 0).contiguous(),
+        torch.stack(leaving) if leaving else rows.new_empty(0, len(rows), rows.shape[2]),
         [sum(peer == p for peer, _ in outgoing) for p in range(size)],
         [sum(peer == p for peer, _ in incoming) for p in range(size)],
         rows.new_empty(len(incoming), len(rows), rows.shape[2]),
         "K/V shift",
     )
     arrived = rows.new_zeros(rows.shape)
-    arrived[:, [i for _, i in incoming]] = swap.wait().movedim(0, 1)
+    for (_, i), row in zip(incoming, swap.wait()):
+        arrived[:, i] = row
     return arrived
 
 

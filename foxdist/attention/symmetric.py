@@ -48,21 +48,24 @@ class Symmetric:
 def reachable(group: dist.ProcessGroup, device: torch.device) -> str:
     """Why the ranks of `group` cannot read each other's memory; empty if they can. Every rank must call."""
     name = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    peers: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
-    dist.all_gather_object(peers, (name, device.index or 0), group=group)
-    if len({host for host, _ in peers}) > 1:
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    peers: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size(group)
+    dist.all_gather_object(peers, (name, device.index or 0, gpu), group=group)
+    if len({host for host, _, _ in peers}) > 1:
         return "its ranks are on several hosts"
     if device.type != "cuda":
         return ""
-    unseen = [i for _, i in peers if i >= torch.cuda.device_count()]
-    mine = not unseen and all(i == device.index or torch.cuda.can_device_access_peer(device, i) for _, i in peers)
-    agreed = [False] * len(peers)
-    dist.all_gather_object(agreed, mine, group=group)
-    if all(agreed):
-        return ""
-    if unseen:
+    # Torch finds another rank's GPU by its number, which must be the same to all.
+    numbered = len({i for _, i, _ in peers}) == len({gpu for _, _, gpu in peers})
+    seen = numbered and all(i < torch.cuda.device_count() for _, i, _ in peers)
+    mine = seen and all(i == device.index or torch.cuda.can_device_access_peer(device, i) for _, i, _ in peers)
+    agreed = [(False, False)] * len(peers)
+    dist.all_gather_object(agreed, (seen, mine), group=group)
+    if not all(seen for seen, _ in agreed):
         return "each rank sees only its own GPU, as CUDA_VISIBLE_DEVICES has it"
-    return "the GPUs of its ranks cannot read each other's memory"
+    if not all(mine for _, mine in agreed):
+        return "the GPUs of its ranks cannot read each other's memory"
+    return ""
 
 
 def _shared_files(group: dist.ProcessGroup, size: int) -> list[torch.Tensor]:

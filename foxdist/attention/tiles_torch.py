@@ -62,7 +62,7 @@ def forward(queries: Queries, pool: Pages, table: BlockTable, so_far: Partial | 
 
 
 def backward(queries: Queries, pool: Pages, table: BlockTable, prepared: Prepared) -> tuple[QueryGrads, Pages]:
-    """Gradients of the attention over the pool, float32: the queries' and the pool's.
+    """Gradients of the attention over the pool, float32: the queries' and the pool's, which are contiguous.
 
     The column part of dc stands in `c_in` of the latter with its sign, so that dc = row part + column part.
     """
@@ -90,7 +90,7 @@ def backward(queries: Queries, pool: Pages, table: BlockTable, prepared: Prepare
     dq, dk, dv = _tokens(dq.mul_(queries.scale), queries.q), _tokens(dk.div_(LOG2E), pool.k), _tokens(dv, pool.v)
     rows, _, count, _ = pool.c_in.shape
     column = dc.view(rows, pool.k.shape[2], count, pool.group, BLOCK).transpose(2, 3).reshape(pool.c_in.shape)
-    return QueryGrads(dq, row.view(queries.c_in.shape)), Pages(dk, dv, column)
+    return QueryGrads(dq, row.view(queries.c_in.shape)), Pages(dk.contiguous(), dv.contiguous(), column)
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:

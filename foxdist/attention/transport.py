@@ -120,10 +120,9 @@ class Swap:
         self._exchange = progress.exchange(what, tuple({op.peer for op in operations}))
         self._works = dist.batch_isend_irecv(operations) if operations else []
         self._buffers: tuple[torch.Tensor, ...] = (arriving, rows)
-        if not cp.overlap:
-            self._finish()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """The current stream goes on when the rows have arrived, and those that leave have left."""
         with self._exchange:
             for work in self._works:
                 work.wait()
@@ -131,7 +130,7 @@ class Swap:
 
     def wait(self) -> torch.Tensor:
         """The rows that arrived [sum(receives), W], in rank order of their senders. Called once: it lets go of them."""
-        self._finish()
+        self.finish()
         (arriving, _), self._buffers = self._buffers, ()
         return arriving
 

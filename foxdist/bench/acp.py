@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from foxdist.attention import Acp, boundary
@@ -61,7 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Prints the table. 1 if a rule lost more than eps. Raises `ValueError` for a mistake in the options."""
+    """Prints the table. 1 if a rule lost more than eps, or what is no number.
+
+    Raises `ValueError` for a mistake in the options.
+    """
     gates = gate_kinds.find(chosen.gates)
     shapes = read_shapes(chosen.shapes, chosen.kv_heads)
     check_gates(gates, shapes, chosen.lengths)
@@ -82,7 +86,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.output:
         save(chosen.output, "acp", markdown(result), result)
         draw(result, chosen.output / "acp.png")
-    return 1 if any(row["pruned_weight"] > math.exp(chosen.log_eps) for row in rows) else 0
+    return 0 if all(row["pruned_weight"] <= math.exp(chosen.log_eps) for row in rows) else 1
 
 
 def check_recorded(gates: Gates, shapes: list[Shape]) -> None:
@@ -109,7 +113,7 @@ def measure(gates: Gates, shape: Shape, length: int, chosen: argparse.Namespace)
             for rule in rules:
                 start, weight = find(rule, group, chosen)
                 starts[rule].append(start)
-                lost[rule] = max(lost[rule], weight)
+                lost[rule] = float(np.maximum(lost[rule], weight))  # NaN stays
     blocks = -(-length // BLOCK)
     before = {rule: torch.stack(each).cpu() for rule, each in starts.items()}  # [layers * K, 1, G, N]
     kept = {rule: (torch.arange(blocks) - start + 1).sum(-1) for rule, start in before.items()}

@@ -14,8 +14,8 @@ from foxdist.bench.report import save, table
 from foxdist.bench.train_report import NONE, peak_memory, utilisation
 
 Row = dict[str, Any]
-SERIES = ("model", "acp", "checkpointing", "compile", "gates", "zero")
-"""What points that are compared have in common."""
+SERIES = ("model", "acp", "checkpointing", "compile", "gates", "zero", "setup")
+"""What points that are compared have in common. The table has the first two, and of the others what varies."""
 COLUMNS = (
     "model",
     "ACP",
@@ -50,13 +50,15 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def read(folder: Path) -> tuple[list[Row], list[Row], list[str]]:
-    """Setups that differ among points; the points' rows, with `gpus`; folders of points that left no result."""
+    """Setups that differ among points; the points' rows, with `gpus` and the number of their `setup`, from 1; and the
+    folders of points that left no result."""
     setups, rows = [], []
     for path in sorted(folder.rglob("train.json")):
         point = json.loads(path.read_text())
         setup = {name: value for name, value in point["setup"].items() if name not in ("ranks", "date")}
         setups += [setup] if setup not in setups else []
-        rows += [row | {"gpus": point["setup"]["ranks"]} for row in point["rows"]]
+        about = {"gpus": point["setup"]["ranks"], "setup": 1 + setups.index(setup)}
+        rows += [row | about for row in point["rows"]]
     logs = sorted(path.parent for path in folder.rglob("rank_00000.log"))
     lost = [str(path) for path in logs if not (path / "train.json").exists()]
     if not rows and not lost:
@@ -111,15 +113,25 @@ def _series(row: Row) -> tuple[str, ...]:
 def markdown(result: dict[str, Any]) -> str:
     """What was measured on what, the table, and what is missing."""
     lines = [", ".join(f"{name} {value}" for name, value in setup.items() if value) for setup in result["setups"]]
+    if len(lines) > 1:
+        lines = [f"setup {number}: {line}" for number, line in enumerate(lines, 1)]
     lost = [f"no result, see the logs there: {folder}" for folder in result["lost"]]
-    return "\n\n".join([*lines, table(COLUMNS, [_cells(row) for row in result["rows"]]), *lost])
+    varied = _varied(result["rows"])
+    columns = (*COLUMNS[:2], *varied, *COLUMNS[2:])
+    return "\n\n".join([*lines, table(columns, [_cells(row, varied) for row in result["rows"]]), *lost])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _varied(rows: list[Row]) -> tuple[str, ...]:
+    """What else tells the series of these rows apart."""
+    return tuple(name for name in SERIES[2:] if len({str(row[name]) for row in rows}) > 1)
+
+
+def _cells(row: Row, varied: tuple[str, ...]) -> tuple[str, ...]:
     share = row["tokens"] // row["gpus"]
-    head = (Path(row["model"]).stem, row["acp"], f"{row['tokens']:,}", f"{row['gpus']}", f"{share:,}")
+    series = (Path(row["model"]).stem, row["acp"], *(str(row[name]) for name in varied))
+    head = (*series, f"{row['tokens']:,}", f"{row['gpus']}", f"{share:,}")
     if row["failed"] is not None:
-        return (*head, row["failed"].replace("|", "/"), *["-"] * (len(COLUMNS) - len(head) - 1))
+        return (*head, row["failed"].replace("|", "/"), *["-"] * (len(COLUMNS) + len(varied) - len(head) - 1))
     busy = utilisation(row)
     return (
         *head,
@@ -142,6 +154,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in result["rows"] if row["failed"] is None]
+    varied = _varied(rows)
     figure, (strong, weak) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for axes, line, rate, unit in (
         (strong, _length, lambda row: row["gpus"] * row["tokens/s/GPU"], "tokens"),
@@ -150,7 +163,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for i, value in enumerate(sorted({line(row) for row in rows})):
             for series in sorted({_series(row) for row in rows}):
                 mine = [row for row in rows if line(row) == value and _series(row) == series]
-                name = f"{value:,.0f} {unit}, {Path(series[0]).stem}, ACP {series[1]}"
+                others = [f"{name} {x}" for name, x in zip(SERIES, series) if name in varied]
+                name = ", ".join([f"{value:,.0f} {unit}", Path(series[0]).stem, f"ACP {series[1]}", *others])
                 style = "-" if series[1] == "on" else "--"
                 if mine:
                     x, y = zip(*sorted((row["gpus"], rate(row)) for row in mine))

@@ -21,20 +21,21 @@ TOKENS = 32  # of a page that one program of the others takes
 
 
 def gather(pool: Pages, lent: torch.Tensor, out: Pages) -> None:
-    """See `attention.copies.gather`. pool: contiguous along D, as any K and V. out: contiguous along D and BLOCK."""
+    """See `attention.copies.gather`. pool: K and V of any strides. out: contiguous along D and BLOCK."""
     heads, dim = pool.k.shape[2:]
     launch(_gather, (len(lent), BLOCK // TOKENS),
         pool.k, pool.v, pool.c_in.contiguous(), lent, out.k, out.v, out.c_in,
-        heads, pool.c_in.shape[2], *pool.k.stride()[:3], *pool.v.stride()[:3],
+        heads, pool.c_in.shape[2], *pool.k.stride(), *pool.v.stride(),
         out.k.stride(0), out.v.stride(0), out.c_in.stride(0),
-        BLOCK=BLOCK, DIM=dim, GROUP=pool.group, TOKENS=TOKENS,
+        BLOCK=BLOCK, DIM=dim, WIDTH=triton.next_power_of_2(dim), GROUP=pool.group, TOKENS=TOKENS,
     )  # fmt: skip
 
 
 @triton.jit
 def _gather(
-    k_ptr, v_ptr, c_ptr, lent_ptr, k_out, v_out, c_out, heads, blocks, k_row, k_token, k_head, v_row, v_token, v_head,
-    k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+    k_ptr, v_ptr, c_ptr, lent_ptr, k_out, v_out, c_out, heads, blocks,
+    k_row, k_token, k_head, k_dim, v_row, v_token, v_head, v_dim, k_step, v_step, c_step,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     page = tl.load(lent_ptr + r).to(tl.int64)
@@ -42,11 +43,13 @@ def _gather(
         return
     row, head, block = page // (heads * blocks), page // blocks % heads, page % blocks
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    dim = tl.arange(0, DIM)
-    there = token[:, None] * DIM + dim[None, :]
+    dim = tl.arange(0, WIDTH)[None, :]
+    there, real = token[:, None] * DIM + dim, dim < DIM
     at = (block * BLOCK + token).to(tl.int64)[:, None]
-    tl.store(k_out + r * k_step + there, tl.load(k_ptr + row * k_row + head * k_head + at * k_token + dim[None, :]))
-    tl.store(v_out + r * v_step + there, tl.load(v_ptr + row * v_row + head * v_head + at * v_token + dim[None, :]))
+    k = tl.load(k_ptr + row * k_row + head * k_head + at * k_token + dim * k_dim, mask=real)
+    v = tl.load(v_ptr + row * v_row + head * v_head + at * v_token + dim * v_dim, mask=real)
+    tl.store(k_out + r * k_step + there, k, mask=real)
+    tl.store(v_out + r * v_step + there, v, mask=real)
     for g in tl.static_range(GROUP):
         c = ((row * heads + head) * GROUP + g) * blocks + block
         tl.store(c_out + r * c_step + g * BLOCK + token, tl.load(c_ptr + c * BLOCK + token))
@@ -101,6 +104,7 @@ def _copy_row(pointer, out, row, r, words, WORDS: tl.constexpr):
 
 def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, in_turn: bool) -> Pages:
     """See `attention.copies.add`. total: contiguous. returned: contiguous along D and BLOCK."""
+    assert all(x.is_contiguous() for x in total), [x.stride() for x in total]
     heads, dim = total.k.shape[2:]
     done = total._replace(k=torch.empty_like(total.k, dtype=dtype), v=torch.empty_like(total.v, dtype=dtype))
     pages = where.shape[1]
@@ -108,7 +112,7 @@ def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, 
         total.k, total.v, total.c_in, where, returned.k, returned.v, returned.c_in, done.k, done.v,
         len(where), pages, heads, total.c_in.shape[2],
         returned.k.stride(0), returned.v.stride(0), returned.c_in.stride(0),
-        BLOCK=BLOCK, DIM=dim, GROUP=total.group, TOKENS=TOKENS, IN_TURN=in_turn,
+        BLOCK=BLOCK, DIM=dim, WIDTH=triton.next_power_of_2(dim), GROUP=total.group, TOKENS=TOKENS, IN_TURN=in_turn,
     )  # fmt: skip
     return done
 
@@ -116,25 +120,26 @@ def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, 
 @triton.jit(do_not_specialize=["senders"])
 def _add(
     k_ptr, v_ptr, c_ptr, where_ptr, k_back, v_back, c_back, k_out, v_out, senders, pages, heads, blocks,
-    k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
-    IN_TURN: tl.constexpr,
+    k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, IN_TURN: tl.constexpr,
 ):  # fmt: skip
     page = tl.program_id(0)
     row, head, block = page // (heads * blocks), page // blocks % heads, page % blocks
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    dim = tl.arange(0, DIM)[None, :]
+    dim = tl.arange(0, WIDTH)[None, :]
+    real = dim < DIM
     at = ((row * blocks + block).to(tl.int64) * BLOCK + token)[:, None] * (heads * DIM) + head * DIM + dim
     there = token[:, None] * DIM + dim
-    k, v = tl.load(k_ptr + at), tl.load(v_ptr + at)
+    k, v = tl.load(k_ptr + at, mask=real), tl.load(v_ptr + at, mask=real)
     for sender in range(senders):
         r = tl.load(where_ptr + sender * pages + page).to(tl.int64)
         if r >= 0:
             if IN_TURN:
                 r = tl.cast(sender, tl.int64) * pages + page
-            k += tl.load(k_back + r * k_step + there)
-            v += tl.load(v_back + r * v_step + there)
+            k += tl.load(k_back + r * k_step + there, mask=real)
+            v += tl.load(v_back + r * v_step + there, mask=real)
             for g in tl.static_range(GROUP):
                 c = (((row * heads + head) * GROUP + g) * blocks + block).to(tl.int64) * BLOCK + token
                 tl.store(c_ptr + c, tl.load(c_ptr + c) + tl.load(c_back + r * c_step + g * BLOCK + token))
-    tl.store(k_out + at, k)
-    tl.store(v_out + at, v)
+    tl.store(k_out + at, k, mask=real)
+    tl.store(v_out + at, v, mask=real)
