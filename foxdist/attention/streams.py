@@ -20,7 +20,7 @@ def aside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.cuda.current_stream(device.index)
+    before = _stream(device.index)
     torch.cuda.set_stream(_side(device))
     try:
         yield
@@ -33,14 +33,14 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device.index))
+    event.record(_stream(device.index))
     return event
 
 
 def after(event: torch.cuda.Event | None) -> None:
     """The current stream goes on when `event` has happened. The host does not wait."""
     if event is not None:
-        event.wait(torch.cuda.current_stream(event.device.index))
+        event.wait(_stream(event.device.index))
 
 
 class ToHost:
@@ -78,12 +78,23 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
     """Says that the current stream uses what another made, so that its memory is not reused too early."""
     for x in tensors:
         if x.is_cuda:
-            x.record_stream(torch.cuda.current_stream(x.device.index))
+            x.record_stream(_stream(x.device.index))
 
 
 def current(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     """The current stream, in a tuple; none on a CPU."""
-    return (torch.cuda.current_stream(device.index),) if device.type == "cuda" else ()
+    return (_stream(device.index),) if device.type == "cuda" else ()
+
+
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+def _stream(gpu: int) -> torch.cuda.Stream:
+    """The current stream. Torch makes an object of it each time it is asked; here one for each is kept."""
+    name = gpu, torch._C._cuda_getCurrentRawStream(gpu)
+    if name not in _streams:
+        _streams[name] = torch.cuda.current_stream(gpu)
+    return _streams[name]
 
 
 @lru_cache
