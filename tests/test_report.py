@@ -146,7 +146,7 @@ def test_jsonl_drops_what_the_checkpoint_does_not_know(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n[1]\n{"step": 3}\n{"ste')
     file = _open_jsonl(path, 2)
-    file.write('{"step": 3, "again": true}\n')
+    file.write(b'{"step": 3, "again": true}\n')
     file.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1},
