@@ -239,13 +239,14 @@ def make_steps(run: Run) -> None:
         while run.step < config.total_steps and not run.stop.why:
             loss, targets = train_step(run, batches)
             progress.end()
-            last = run.step == config.total_steps
-            if last or run.step == first + 1 or run.step % config.metrics.every == 0:
+            saving = run.step == config.total_steps or run.stop.why or run.step % config.checkpoint.every == 0
+            # A row where a start may go on, too: each then speaks for all steps since the one before.
+            if saving or run.step == first + 1 or run.step % config.metrics.every == 0:
                 values = collect(run, loss, targets, run.step - logged, time.perf_counter() - since)
                 logged, since = run.step, time.perf_counter()
                 if sinks:
                     sinks(run.step, values)
-            if last or run.stop.why or run.step % config.checkpoint.every == 0:
+            if saving:
                 since += save(run)  # saving is not training time
         ended = "done" if run.step == config.total_steps else run.stop.why
     finally:
