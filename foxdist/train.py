@@ -34,7 +34,7 @@ from foxdist.attention import ContextParallel
 from foxdist.attention.exchange import resolve
 from foxdist.attention.predict import choose_layout
 from foxdist.before_start import check_before_start, check_run
-from foxdist.check import describe
+from foxdist.check import describe, epochs
 from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
 from foxdist.compiling import compile_blocks
@@ -231,6 +231,7 @@ def make_steps(run: Run) -> None:
     config, first = run.config, run.step
     checkpoint.check_place(run.engine, run_folder.checkpoints(config.train.run_dir), run.mesh)
     meshes.on_rank_0(lambda: run_folder.record(config))
+    meshes.on_rank_0(lambda: log.log.info("data: %s", epochs(config)))
     sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
     logged, since = first, time.perf_counter()
