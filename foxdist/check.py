@@ -2,7 +2,9 @@
 
 from foxdist import shares
 from foxdist.attention.predict import choose_layout
-from foxdist.config import Config, check_world, dump
+from foxdist.config import Config, ConfigError, check_world, dump
+from foxdist.data.folder import open_folder
+from foxdist.data.loader import steps_per_epoch
 from foxdist.layout import BLOCK, chunk_count
 from foxdist.model import flops_per_token, parameter_count
 
@@ -16,6 +18,7 @@ KEPT_BYTES = {
     ("llama", "bf16"): {False: (24, 12), True: (12, 4)},
     ("llama", "fp32"): {False: (40, 24), True: (24, 8)},
 }
+OFTEN = 4  # epochs for which text seen again teaches about as much as new text (arXiv 2305.16264)
 
 
 def describe(config: Config, world: int) -> str:
@@ -34,6 +37,7 @@ def describe(config: Config, world: int) -> str:
         f"step        {train.tokens_per_step:,} tokens = {train.tokens_per_step // length} sequences = "
         f"dp {dp} x micro-batch {train.micro_batch} x {accumulation} accumulated",
         f"run         {config.total_steps:,} steps, {config.total_tokens:,} tokens",
+        *_data(config),
         f"parameters  {parameters:,} ({parameters - model.vocab * model.hidden:,} without the input embedding)",
         f"compute     {(matrices + attention) / 1e9:.2f} GFLOP a token, "
         f"{100 * attention / (matrices + attention):.0f} % of it attention counted dense",
@@ -41,6 +45,26 @@ def describe(config: Config, world: int) -> str:
         f"disk        {shares.BYTES * parameters / GIB:.2f} GiB a checkpoint; {config.checkpoint.keep} are kept",
     ]
     return "\n".join(lines)
+
+
+def epochs(config: Config) -> str:
+    """How much data there is and how often the run sees it, with a warning where that is often. Raises `ConfigError`
+    where it cannot be read."""
+    path, a_step = config.data.path, config.train.tokens_per_step // config.data.sequence_length
+    prepared = open_folder(path)
+    count = config.total_steps / steps_per_epoch(path, prepared, a_step)
+    text = f"{prepared.sequences:,} sequences, {count:,.{0 if count >= 10 else 2}f} epochs"
+    if count <= OFTEN:
+        return text
+    return f"{text}. WARNING: text seen more than {OFTEN} times teaches ever less; prepare more, or train fewer steps"
+
+
+def _data(config: Config) -> list[str]:
+    """Nothing where it cannot be read: the arithmetic needs no data, and before_start.py says what is wrong."""
+    try:
+        return [f"data        {epochs(config)}"]
+    except ConfigError:
+        return []
 
 
 def _pieces(config: Config) -> str:

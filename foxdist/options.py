@@ -1,6 +1,12 @@
-"""Types of command-line options."""
+"""What command lines share: a type of options, and the end."""
 
 import argparse
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 def positive(text: str) -> int:
@@ -9,3 +15,28 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
     return number
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the status that `main` returns.
+
+    Where nobody reads what it prints any more, as after `| head`, it ends quietly, with the status of a command that
+    SIGPIPE ends.
+    """
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise  # it was another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        status = 128 + signal.SIGPIPE
+    sys.exit(status)
+
+
+def _reader_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors alone
+    return bool(poll.poll(0))

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from foxdist.layout import BLOCK
+from foxdist.options import exit_with
 from foxdist.sinks import read_jsonl
 
 Rows = list[dict[str, Any]]
@@ -69,9 +70,15 @@ def over_run(rows: Rows, name: str) -> float:
     return float(np.average([row[name] for row in rows], weights=steps))
 
 
+def dense_ring(rows: Rows) -> np.ndarray:
+    """[rows] MiB that a dense ring sends in a step. NaN, which leaves gaps in pictures, where a rank has a sequence to
+    itself: a run may change its ranks when it starts again."""
+    return np.array([row["comm/kv_dense(MiB)"] or np.nan for row in rows])
+
+
 def share_sent(rows: Rows) -> np.ndarray:
-    """[rows] K and V sent, in percent of a dense ring's bytes. The rows are of a run with several ranks a sequence."""
-    return 100 * np.array([row["comm/kv_sent(MiB)"] / row["comm/kv_dense(MiB)"] for row in rows])
+    """[rows] K and V sent, in percent of a dense ring's bytes."""
+    return 100 * np.array([row["comm/kv_sent(MiB)"] for row in rows]) / dense_ring(rows)
 
 
 def apart(rows: Rows, others: Rows) -> tuple[list[int], np.ndarray]:
@@ -107,10 +114,11 @@ def summary(rows: Rows) -> str:
         f"{last['acp/tiles_kept(%)']:.1f} % at the end",
     ]
     if dense:
+        at_the_end = share_sent([last])[0]
         lines += [
             f"K/V sent        {100 * sent / dense:.1f} % of a dense ring's bytes over the run "
             f"({100 * sent / causal:.1f} % of what causality alone needs), "
-            f"{100 * last['comm/kv_sent(MiB)'] / last['comm/kv_dense(MiB)']:.1f} % at the end",
+            + ("none at the end: one rank a sequence" if np.isnan(at_the_end) else f"{at_the_end:.1f} % at the end"),
             f"                {sent:.2f} of {dense:.2f} MiB a step",
         ]
     certified = [row for row in rows if "acp/pruned_weight" in row]
@@ -210,8 +218,8 @@ def _draw_curves(axes: dict[str, Axes], name: str, rows: Rows, color: str) -> No
         "speed": (name, [row["tokens/s"] for row in rows]),
         "tiles": (kept, [row["acp/tiles_kept(%)"] for row in rows]),
     }
-    if all(row["comm/kv_dense(MiB)"] for row in rows):
-        sent, dense = (over_run(rows, f"comm/kv_{which}(MiB)") for which in ("sent", "dense"))
+    sent, dense = (over_run(rows, f"comm/kv_{which}(MiB)") for which in ("sent", "dense"))
+    if dense:
         curves["traffic"] = f"{name}: {100 * sent / dense:.1f} %", share_sent(rows).tolist()
     for panel, (label, values) in curves.items():
         axes[panel].plot([row["step"] for row in rows], values, color=color, linewidth=1.2, label=label)
@@ -242,8 +250,9 @@ def _draw_tiles(axes: Axes, steps: list[int], rows: Rows) -> None:
 
 
 def _draw_traffic(axes: Axes, steps: list[int], rows: Rows) -> None:
-    dense = np.array([row["comm/kv_dense(MiB)"] for row in rows])
-    if not dense.all():
+    dense = dense_ring(rows)
+    known = dense[~np.isnan(dense)]
+    if not known.size:
         _say_nothing_sent(axes)
         return
     name = "comm/kv_sent_by_layer(MiB)"
@@ -253,7 +262,7 @@ def _draw_traffic(axes: Axes, steps: list[int], rows: Rows) -> None:
     axes.plot(steps, share_sent(rows), color="black", linewidth=2, label="sent")
     causal = np.array([row["comm/kv_causal(MiB)"] for row in rows])
     axes.plot(steps, 100 * causal / dense, "--", color="black", label="causal need")
-    axes.set(title=f"K/V between ranks, of a dense ring's {dense[-1]:,.1f} MiB a step", ylabel="%", xlabel="step")
+    axes.set(title=f"K/V between ranks, of a dense ring's {known[-1]:,.1f} MiB a step", ylabel="%", xlabel="step")
     axes.set_ylim(0, 102)
     axes.legend(title="layers: first dark, last light", frameon=False, loc="upper left")
 
@@ -264,13 +273,13 @@ def _tiles_of_heads(rows: Rows) -> np.ndarray:
 
 
 def _traffic_of_heads(rows: Rows) -> np.ndarray | None:
-    """[rows, layers, K/V heads]: what ranks need of each other, in percent of a dense ring's; None if nothing is."""
+    """[rows, layers, K/V heads]: what ranks need of each other, in percent of a dense ring's; None if they never do."""
     name = "comm/kv_needed_by_head(MiB)"
-    if not all(name in row and row["comm/kv_dense(MiB)"] for row in rows):  # an older version did not log it
+    dense = dense_ring(rows)
+    if np.isnan(dense).all() or not all(name in row for row in rows):  # an older version did not log it
         return None
     needed = np.array([row[name] for row in rows])
-    dense = np.array([row["comm/kv_dense(MiB)"] for row in rows]) / needed[0].size
-    return 100 * needed / dense[:, None, None]
+    return 100 * needed[0].size * needed / dense[:, None, None]
 
 
 def _draw_heads(axes: Axes, rows: Rows, kept: np.ndarray, least: float) -> None:
@@ -313,4 +322,4 @@ def _draw_windows(axes: Axes, row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,4 +1,8 @@
-"""Where finished metrics go: the console, `metrics.jsonl`, W&B. Chosen at start; a sink that is off is not there."""
+"""Where finished metrics go: the console, `metrics.jsonl`, W&B. Chosen at start; a sink that is off is not there.
+
+At the start a sink that cannot be had is an error. Later one that fails is said, and neither training nor another sink
+ends with it.
+"""
 
 import json
 import netrc
@@ -42,25 +46,51 @@ class Sinks:
         self._file = _open_jsonl(config.train.run_dir / "metrics.jsonl", first_step)
         self._wandb = None if config.metrics.wandb == "disabled" else _start_wandb(config)
         self._total = config.total_steps
+        self._unwritten = b""
+        self._failing: set[str] = set()
 
     def __call__(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._try("metrics.jsonl", self._write)
         self._tell_wandb(lambda wandb: wandb.log(_flat(values), step=step))
-        if self._progress is None:
-            print(_line(step, self._total, values), flush=True)
-        else:
-            self._progress.update(self._progress.task_ids[0], completed=step, description=_short(values))
+        self._try("the console", lambda: self._show(step, values))
 
     def close(self, ended: str) -> None:
         """ended: `done`, why the run stopped early, or nothing after an error. W&B shows it as finished, preempted or
         failed: it knows a preempted run by a status other than 0."""
         if self._progress is not None:
-            self._progress.stop()
-        self._file.close()
+            self._try("the console", self._progress.stop)
+        self._try("metrics.jsonl", self._write)
+        self._try("the end of metrics.jsonl", self._file.close)
+        if self._unwritten:
+            log.error("metrics.jsonl: %d rows never found room and are lost", self._unwritten.count(b"\n"))
         if ended not in ("", "done"):
             self._tell_wandb(lambda wandb: wandb.mark_preempting())
         self._tell_wandb(lambda wandb: wandb.finish(exit_code=0 if ended == "done" else 1))
+
+    def _write(self) -> None:
+        """Without a buffer: what a full disk did not take, be it half a line, is written as soon as there is room."""
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        if self._progress is None:
+            print(_line(step, self._total, values), flush=True)
+        else:
+            self._progress.update(self._progress.task_ids[0], completed=step, description=_short(values))
+
+    def _try(self, name: str, tell: Callable[[], object]) -> None:
+        """Tells a sink something. That it fails is said once, and that it works again."""
+        try:
+            tell()
+        except OSError as error:
+            if name not in self._failing:
+                log.error("%s: cannot be written (%s); TRAINING GOES ON, and tries again", name, error)
+            self._failing.add(name)
+        else:
+            if name in self._failing:
+                log.warning("%s: written again", name)
+            self._failing.discard(name)
 
     def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
         """W&B's own process hears a signal to the whole job, too, and ends at SIGTERM at once: that must cost neither
@@ -124,7 +154,7 @@ def _open_jsonl(path: Path, first_step: int) -> Any:
         log.warning("no checkpoint in %s: starting from step 0; what was logged is now %s", path.parent, old.name)
     elif path.exists():
         replace_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first_step))
-    return path.open("a")
+    return path.open("ab", buffering=0)
 
 
 def _start_wandb(config: Config) -> Any:

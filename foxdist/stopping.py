@@ -164,20 +164,26 @@ class Stop:
     def saved(self, seconds: float) -> None:
         """A checkpoint was saved in `seconds`. They are remembered over restarts."""
         self._saved_seconds = seconds
-        if self._folder:
-            replace_text(self._folder / SAVED_SECONDS, f"{seconds:.3f}\n")
+        self._note(SAVED_SECONDS, f"{seconds:.3f}\n")
 
     def ended(self, step: int, total: int) -> None:
         """Training has ended in an orderly way after `step` of `total`, and everything is written but this."""
+        values = {
+            "step": step,
+            "total": total,
+            "why": "done" if step >= total else self.why,
+            "saved_seconds": self._saved_seconds,
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        self._note(ENDED, json.dumps(values) + "\n")
+
+    def _note(self, name: str, text: str) -> None:
+        """On rank 0. What is noted is worth less than the run: a checkpoint may have taken the last room."""
         if self._folder:
-            values = {
-                "step": step,
-                "total": total,
-                "why": "done" if step >= total else self.why,
-                "saved_seconds": self._saved_seconds,
-                "job": os.environ.get("SLURM_JOB_ID"),
-            }
-            replace_text(self._folder / ENDED, json.dumps(values) + "\n")
+            try:
+                replace_text(self._folder / name, text)
+            except OSError as error:
+                log.error("%s could not be written (%s); nothing else is lost by it", self._folder / name, error)
 
     def _late(self) -> bool:
         if self._end is None or not self._folder or not progress.host.step:

@@ -34,7 +34,7 @@ from foxdist.attention import ContextParallel
 from foxdist.attention.exchange import resolve
 from foxdist.attention.predict import choose_layout
 from foxdist.before_start import check_before_start, check_run
-from foxdist.check import describe
+from foxdist.check import describe, epochs
 from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
 from foxdist.compiling import compile_blocks
@@ -231,6 +231,7 @@ def make_steps(run: Run) -> None:
     config, first = run.config, run.step
     checkpoint.check_place(run.engine, run_folder.checkpoints(config.train.run_dir), run.mesh)
     meshes.on_rank_0(lambda: run_folder.record(config))
+    meshes.on_rank_0(lambda: log.log.info("data: %s", epochs(config)))
     sinks = meshes.on_rank_0(lambda: Sinks(config, first))
     batches = iter(run.loader)
     logged, since = first, time.perf_counter()
@@ -239,13 +240,14 @@ def make_steps(run: Run) -> None:
         while run.step < config.total_steps and not run.stop.why:
             loss, targets = train_step(run, batches)
             progress.end()
-            last = run.step == config.total_steps
-            if last or run.step == first + 1 or run.step % config.metrics.every == 0:
+            saving = run.step == config.total_steps or run.stop.why or run.step % config.checkpoint.every == 0
+            # A row where a start may go on, too: each then speaks for all steps since the one before.
+            if saving or run.step == first + 1 or run.step % config.metrics.every == 0:
                 values = collect(run, loss, targets, run.step - logged, time.perf_counter() - since)
                 logged, since = run.step, time.perf_counter()
                 if sinks:
                     sinks(run.step, values)
-            if last or run.stop.why or run.step % config.checkpoint.every == 0:
+            if saving:
                 since += save(run)  # saving is not training time
         ended = "done" if run.step == config.total_steps else run.stop.why
     finally:

@@ -83,7 +83,6 @@ class Heard:
 def word_at(place: Place, seconds: float, timeout: float, plans: Plans) -> Word:
     """The word of a rank that has been at `place` for `seconds`. timeout: `parallel.timeout_minutes`, in seconds."""
     patient = timeout if place.warm else max(timeout, START)
-    in_step = place.timed or (place.warm and bool(place.exchange))
     return Word(
         place=str(place),
         order=place.order,
@@ -91,7 +90,7 @@ def word_at(place: Place, seconds: float, timeout: float, plans: Plans) -> Word:
         waits=bool(place.exchange),
         seconds=seconds,
         allowed=patient if place.exchange else timeout if place.timed else None,
-        patience=min(SILENT, timeout) if in_step else patient,
+        patience=min(SILENT, timeout) if place.timed else patient,
         plans=plans,
     )
 

@@ -6,8 +6,8 @@
 #   --ranks N    on so many GPUs; without GPUs, so many processes on CPUs
 #   --dry-run    only prints the command
 #
-# SIGUSR1, SIGTERM and SIGINT (Ctrl-C) go to the ranks: at the first two they end after the step in flight, saved. The
-# exit status is the ranks' (see foxdist/train.py).
+# SIGUSR1, SIGTERM, SIGINT (Ctrl-C) and, as SIGTERM, SIGHUP (a dropped ssh) go to the ranks: but for SIGINT they end
+# after the step in flight, saved. The exit status is the ranks' (see foxdist/train.py).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 

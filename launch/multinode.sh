@@ -13,8 +13,8 @@
 #   --ranks N    processes on this host; default: one for each GPU (only with --torchrun; the hostfile says it else)
 #   --dry-run    only prints the command
 #
-# SIGUSR1, SIGTERM and SIGINT (Ctrl-C) to this script go to the ranks: at the first two all of them end after the step in
-# flight, saved; with --torchrun it is enough to tell one host. The exit status is the ranks' (see foxdist/train.py).
+# SIGUSR1, SIGTERM, SIGINT (Ctrl-C) and, as SIGTERM, SIGHUP (a dropped ssh) to this script go to the ranks: but for SIGINT
+# all of them end after the step in flight, saved; with --torchrun it is enough to tell one host. The exit status is the ranks' (see foxdist/train.py).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 

@@ -60,8 +60,9 @@ run_ranks() {
   setsid "$@" &
   launcher=$!
   for name in USR1 TERM INT HUP; do
+    # A terminal that has gone (SIGHUP) is no reason to lose steps: to the ranks it is a SIGTERM.
     # shellcheck disable=SC2064 # the name is known now
-    trap "heard=1; tell_ranks $name" "$name"
+    trap "heard=1; tell_ranks ${name/HUP/TERM}" "$name"
   done
   while :; do # a signal ends `wait`, and not the launcher
     heard='' status=0

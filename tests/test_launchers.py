@@ -51,12 +51,26 @@ def launchers(folder):
     }
 
 
+# Of each way, the signal that the script gets and the one that its ranks hear.
+SENT = {
+    "local": (signal.SIGHUP, "SIGTERM"),
+    "torchrun": (signal.SIGUSR1, "SIGUSR1"),
+    "hostfile": (signal.SIGTERM, "SIGTERM"),
+}
+
+
 @contextlib.contextmanager
 def started(arguments, variables, log):
     """The script. Its ranks do not outlive the test: a machine that they keep busy would fail the next ones, too."""
     script, *rest = arguments
     with log.open("w") as out:
-        process = subprocess.Popen(["bash", LAUNCH / script, *rest], env=variables, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            ["bash", LAUNCH / script, *rest],
+            env=variables,
+            stdout=out,
+            stderr=out,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which `nohup pytest` ignores
+        )
     try:
         yield process
     finally:
@@ -69,10 +83,10 @@ def started(arguments, variables, log):
 
 @pytest.mark.parametrize("way", ["local", "torchrun", "hostfile"])
 def test_signals_reach_the_ranks_and_their_status_comes_back(variables, data, tmp_path, way):
-    """The first signal saves and ends with 0. A mistake comes back as the ranks' own status."""
+    """The first signal saves and ends with 0; that of a terminal that has gone, too."""
     log = tmp_path / "log"
     config = write_yaml(tmp_path, tree(data, tmp_path / "run", parallel__cp=2, train__steps=100000))
-    number, name = (signal.SIGTERM, "SIGTERM") if way == "hostfile" else (signal.SIGUSR1, "SIGUSR1")
+    number, name = SENT[way]
     with started([*launchers(tmp_path)[way], str(config)], variables, log) as process:
         metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):

@@ -51,6 +51,24 @@ def test_a_picture_is_drawn(tmp_path, capsys, cp):
     assert len(picture) > 20_000
 
 
+@pytest.mark.parametrize("cps, said", [((True, False), "none at the end"), ((False, True), "12.5 % at the end")])
+def test_a_run_that_went_on_with_one_rank_a_sequence_is_shown(tmp_path, capsys, figures, cps, said):
+    """Or began with it: alone and beside another run, with a gap where nothing was to be sent."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [row(step, cp=cp) for step, cp in zip((1, 3), cps)])
+    assert report.main([str(tmp_path / "a")]) == 0
+    assert report.main([*(str(tmp_path / name) for name in "ab"), "--output", str(tmp_path / "all.png")]) == 0
+    assert capsys.readouterr().out.count(said) == 3
+    share = [12.5 if cp else pytest.approx(float("nan"), nan_ok=True) for cp in cps]
+    alone, both = figures
+    traffic = alone["K/V between ranks, of a dense ring's 8.0 MiB a step"]
+    assert list(traffic.lines[2].get_ydata()) == share
+    heads = alone["K/V needed of other ranks, of a dense ring's, by layer and head"].collections[0]
+    assert heads.get_array().mask.any(axis=0).tolist() == [not cp for cp in cps]
+    assert [list(line.get_ydata()) for line in both["K/V sent, of a dense ring's bytes"].lines] == [share] * 2
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """Every picture that was drawn, as a dict of its panels by title."""
@@ -146,7 +164,7 @@ def test_jsonl_drops_what_the_checkpoint_does_not_know(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n[1]\n{"step": 3}\n{"ste')
     file = _open_jsonl(path, 2)
-    file.write('{"step": 3, "again": true}\n')
+    file.write(b'{"step": 3, "again": true}\n')
     file.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1},

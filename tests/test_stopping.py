@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -19,7 +20,7 @@ from foxdist.progress import Place, progress
 from foxdist.sinks import Sinks
 from foxdist.stopping import ECHO, MARGIN, Listener, Stop, live_as_long_as_the_parent
 
-from runs import go, losses, processes, tree, write_yaml
+from runs import go, losses, processes, rows, tree, write_yaml
 
 SCRIPT = Path(__file__).with_name("signalled.py")
 
@@ -101,6 +102,30 @@ def test_all_ranks_stop_at_one_step_and_the_run_goes_on(ranks, data, tmp_path, w
     assert (f"after step {step}" in said) == (step > 0)
     assert losses(folder) == whole[0]
     assert note(folder)["why"] == "done"
+
+
+def covering(rank, size, values, sent):
+    """`signalled`, with the steps that each row of metrics was measured over in the row."""
+    real = training.step_metrics
+    training.step_metrics = lambda *args: real(*args) | {"covers": args[3]}
+    try:
+        return signalled(rank, size, values, "in forward", sent) if sent else go(rank, size, values)
+    finally:
+        training.step_metrics = real
+
+
+def test_rows_cover_all_steps_since_the_one_before(ranks, data, tmp_path):
+    """Where a signal stopped the run between two of them, and where it went on from an older checkpoint."""
+    folder = tmp_path / "run"
+    values = settings(data, folder)
+    values["metrics"]["every"] = 10
+    ranks(2, covering, values, {1: signal.SIGUSR1})
+    assert [row["step"] for row in rows(folder)] == [1, 4, 6]
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")
+    ranks(2, covering, values, {})
+    found = rows(folder)
+    assert [row["step"] for row in found] == [1, 4, 5, 8, 10]
+    assert [row["covers"] for row in found] == [1, 3, 1, 3, 2]
 
 
 def test_an_ended_run_says_so_again(ranks, data, whole):

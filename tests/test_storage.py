@@ -1,6 +1,7 @@
 """Disks that fill up, folders that turn read-only, shards that change: always the last good state, and words."""
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -8,12 +9,15 @@ import resource
 import shutil
 import stat
 import subprocess
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from foxdist import checkpoint, run_folder
+from foxdist import checkpoint, run_folder, shares, sinks, stopping
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
@@ -21,8 +25,10 @@ from foxdist.data.folder import open_folder
 from foxdist.data.loader import one_sequence
 from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
+from foxdist.sinks import Sinks, read_jsonl
+from foxdist.stopping import Stop
 
-from runs import go, launch, losses, tree, write_texts, write_yaml
+from runs import go, launch, losses, rows, tree, write_texts, write_yaml
 
 STEPS = 6
 
@@ -182,6 +188,100 @@ def test_what_is_in_the_way_of_checkpoints_is_named_before_the_first_step(ranks,
         assert "no checkpoint could be written in" in said
         assert "must be a folder that can be written, with room for one more checkpoint" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_files_are_written_beside_other_threads(tmp_path, monkeypatch):
+    """A rank that saves gives signs of life: safetensors before 0.8 held the interpreter until a file was there."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the other threads' turn in any case
+    flat = shares.Flat([], dict.fromkeys(shares.KINDS, torch.ones(2**25)))  # 128 MiB a file
+    ticks, over = [], threading.Event()
+
+    def tick():
+        while not over.wait(0.01):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begun = time.monotonic()
+    shares.write(tmp_path, 0, [flat], {}, 1)
+    seconds = time.monotonic() - begun
+    over.set()
+    thread.join()
+    longest = max(b - a for a, b in itertools.pairwise([begun, *ticks]))
+    assert longest < seconds / len(shares.KINDS) / 2
+
+
+def log_without_room(rank, size, values):
+    """Trains while files cannot grow by more than part of a row, in steps 3 and 4. Returns its errors and warnings."""
+    said, real = [], training.train_step
+    log.error = log.warning = lambda text, *args: said.append(text % args)
+
+    def train_step(run, batches):
+        metrics = run.config.train.run_dir / "metrics.jsonl"
+        if run.step in (2, 4):
+            limit_files(metrics.stat().st_size + 100 if run.step == 2 else -1)
+        return real(run, batches)
+
+    training.train_step = train_step
+    try:
+        go(rank, size, values)
+    finally:
+        training.train_step = real
+        limit_files(-1)
+        del log.error, log.warning
+    return said
+
+
+def test_rows_without_room_are_written_when_there_is_some(ranks, data, whole, tmp_path):
+    values = configured(data, tmp_path / "run", parallel__cp=1, checkpoint__every=100)
+    (said,) = ranks(1, log_without_room, values)
+    failed, again = (text for text in said if "metrics.jsonl" in text)
+    assert "metrics.jsonl: cannot be written ([Errno 27] File too large); TRAINING GOES ON" in failed
+    assert "metrics.jsonl: written again" in again
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == rows(tmp_path / "run"), "no row is torn"
+
+
+def test_sinks_that_fail_to_the_end_leave_nothing_else_undone(tmp_path, monkeypatch, caplog):
+    """A full disk, and a terminal that has gone."""
+    monkeypatch.setattr(log, "propagate", True)
+    told = []
+    monkeypatch.setattr(sinks, "_start_wandb", lambda config: SimpleNamespace(log=note, finish=note))
+    monkeypatch.setattr(sinks, "_open_jsonl", lambda *args: Path("/dev/full").open("ab", buffering=0))  # noqa: SIM115
+
+    def note(*args, **named):
+        told.append(named)
+
+    def gone(*args, **named):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sinks, "_console", lambda *args: SimpleNamespace(update=gone, stop=gone, task_ids=[0]))
+    config = configuration.parse(tree("/data", tmp_path, metrics__wandb="offline"))
+    values = {"loss": 1.0, "tokens/s": 1.0, "acp/tiles_kept(%)": 1.0, "comm/kv_dense(MiB)": 0.0}
+    run = Sinks(config, 0)
+    for step in (1, 2):
+        run(step, values)
+    run.close("done")
+    assert told == [{"step": 1}, {"step": 2}, {"exit_code": 0}]
+    assert [record.message for record in caplog.records] == [
+        "metrics.jsonl: cannot be written ([Errno 28] No space left on device); TRAINING GOES ON, and tries again",
+        "the console: cannot be written ([Errno 5] Input/output error); TRAINING GOES ON, and tries again",
+        "metrics.jsonl: 2 rows never found room and are lost",
+    ]
+
+
+def test_notes_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, caplog):
+    """How long saving took, and why the run ended."""
+    monkeypatch.setattr(log, "propagate", True)
+    stop = Stop()
+    stop.take(tmp_path)
+    monkeypatch.setattr(stopping, "replace_text", lambda path, text: Path("/dev/full").write_text(text))
+    stop.saved(1.5)
+    stop.ended(3, 3)
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        f"{tmp_path / name} could not be written ([Errno 28] No space left on device)"
+        for name in ("saved_seconds", "ended.json")
+    ]
 
 
 # ---- data

@@ -1,6 +1,7 @@
 """Training end to end on real data: the same numbers on any mesh, and a stop before a bad update."""
 
 import json
+import re
 import socket
 
 import psutil
@@ -11,6 +12,7 @@ from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import run_folder
 from foxdist import train as training
+from foxdist.data.folder import open_folder
 from foxdist.guard import NonFiniteError
 from foxdist.sinks import Sinks
 
@@ -274,6 +276,7 @@ def test_check_prints_the_arithmetic(data, tmp_path, capsys):
     assert "4 ranks = dp 2 x cp 2, ZeRO-3" in said
     assert "4 sequences = dp 2 x micro-batch 1 x 2 accumulated" in said
     assert "256 tokens a rank in 2 chunks (zigzag)" in said
+    assert re.search(r"\ndata +\d+ sequences, 0\.\d\d epochs\n", said)
     assert "parameters" in said
     assert training.main(["--config", str(config), "parallel.layout=auto", "--check", "--world", "4"]) == 0
     assert "256 tokens a rank (auto: zigzag on one host, contiguous over several)" in capsys.readouterr().out
@@ -282,6 +285,18 @@ def test_check_prints_the_arithmetic(data, tmp_path, capsys):
     said = capsys.readouterr()
     assert "4 ranks = dp 2 x cp 2" in said.out, "the arithmetic needs no data"
     assert said.err.startswith("error: data.path=/nowhere: no such folder")
+
+
+def test_text_that_is_seen_often_is_named(ranks, data, tmp_path, capsys):
+    """By `--check`, and by the run itself."""
+    values = tree(data, tmp_path / "run", train__steps=2)
+    count = open_folder(data).sequences
+    values["train"]["tokens_per_step"] = count * 512
+    assert f"data: {count} sequences, 2.00 epochs" in ranks(1, go, values)[0].splitlines()
+    config = write_yaml(tmp_path, values)
+    often = "5.00 epochs. WARNING: text seen more than 4 times teaches ever less; prepare more"
+    assert training.main(["--config", str(config), "train.steps=5", "--check"]) == 0
+    assert often in capsys.readouterr().out
 
 
 def test_wandb_offline_joins_the_same_run(ranks, data, tmp_path):

@@ -179,6 +179,7 @@ def test_the_first_of_the_silent_is_named():
         (place(), 30),
         (GATES, 30),
         (place(timed=False), 600),
+        (place(timed=False, exchange="files of a checkpoint"), 600),
         (place(timed=False, warm=False), 600),
         (GATES._replace(timed=False, warm=False), 600),
     ],

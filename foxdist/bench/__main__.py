@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from foxdist.bench import acp, attention, context_parallel, kernels, record, scaling, train, tune
+from foxdist.options import exit_with
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,4 +33,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foxdist.data.prepare import Options, Report, find_files, prepare
-from foxdist.options import positive
+from foxdist.options import exit_with, positive
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     options = _parse(arguments)
-    console = Console()
+    console = Console(stderr=True)
     try:
         total = sum(p.stat().st_size for p in find_files(options))
         # A BPE is trained on the same files first, and that pass has no bar of its own.
@@ -91,4 +91,4 @@ def _parse(arguments: list[str] | None) -> Options:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

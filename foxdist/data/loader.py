@@ -153,6 +153,7 @@ def next_of_all(batches: Iterator[Batch], mesh: Mesh) -> tuple[Batch, torch.Tens
     # Every rank of a cp group counts the same sequences, hence / cp. A rank that has none makes the sum NaN.
     mine = math.nan if batch is None else batch.targets() / mesh.cp
     targets = torch.tensor(mine, dtype=torch.float64, device=mesh.device)
+    progress.enter("targets")  # loading may take its time; from here on a rank that falls silent has died
     with progress.exchange("count of targets"):
         dist.all_reduce(targets)
     if batch is None or math.isnan(float(targets)):
