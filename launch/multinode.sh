@@ -14,7 +14,8 @@
 #   --dry-run    only prints the command
 #
 # SIGUSR1, SIGTERM, SIGINT (Ctrl-C) and, as SIGTERM, SIGHUP (a dropped ssh) to this script go to the ranks: but for SIGINT
-# all of them end after the step in flight, saved; with --torchrun it is enough to tell one host. The exit status is the ranks' (see foxdist/train.py).
+# all of them end after the step in flight, saved; with --torchrun it is enough to tell one host. The exit status is the
+# ranks' (see foxdist/train.py).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 

@@ -153,7 +153,7 @@ def test_auto_settles_on_a_layout_at_the_start(ranks, data, tmp_path):
     elsewhere goes on with another, and the numbers are those of one rank."""
     values = tree(data, tmp_path / "run", parallel__cp=2, parallel__layout="auto", train__steps=2)
     said = ranks(2, settled, values, ["a", "b"])
-    assert "parallel.layout=auto: contiguous (256 tokens a rank, at most 4,096" in said[0]
+    assert "parallel.layout=auto: contiguous (256 tokens a rank, at most 1,024" in said[0]
     assert configuration.load(tmp_path / "run" / "config.yaml").parallel.layout == "contiguous"
     values["train"]["steps"] = 4
     said = ranks(2, settled, values, ["a", "a"])

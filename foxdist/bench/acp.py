@@ -82,10 +82,10 @@ def run(chosen: argparse.Namespace) -> int:
         done += shape.heads * length
     setup = {name: getattr(chosen, name) for name in ("log_eps", "layout", "dtype", "ranks")} | {"gates": gates.name}
     result = {"setup": setup | {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}, "rows": rows}
-    print(markdown(result))
     if chosen.output:
         save(chosen.output, "acp", markdown(result), result)
         draw(result, chosen.output / "acp.png")
+    print(markdown(result))
     return 0 if all(row["pruned_weight"] <= math.exp(chosen.log_eps) for row in rows) else 1
 
 

@@ -42,10 +42,10 @@ def run(chosen: argparse.Namespace) -> int:
     """Prints the table, and writes table.md, scaling.json and scaling.png. Raises `ValueError` if there is no point."""
     setups, rows, lost = read(chosen.folder)
     result = {"setups": setups, "rows": compare(rows), "lost": lost}
-    print(markdown(result))
     save(chosen.folder, "scaling", markdown(result), result)
     if any(row["failed"] is None for row in rows):
         draw(result, chosen.folder / "scaling.png")
+    print(markdown(result))
     return 0
 
 
