@@ -97,9 +97,9 @@ def run(chosen: argparse.Namespace) -> int:
             return 2
         for case in cases:
             result["rows"] += [_row(each, case, gates, result["setup"]["repeats"], chosen.bound) for each in passed]
-    print(report.markdown(result))
     if chosen.output:
         report.write(chosen.output, result)
+    print(report.markdown(result))
     ours = {each.name for each in implementations if each.ours}
     broken = [x for x in result["checks"] + result["rows"] if x["failed"] and x["implementation"] in ours]
     for x in broken:

@@ -86,10 +86,10 @@ def run(chosen: argparse.Namespace) -> int:
     measured_on = {int(ranks): one for ranks, one in found.get("one_host", {}).items()}
     spread_rows = [row for row in result["rows"] if row["ranks"] > 1]
     result["verdicts"] = layouts.verdicts(spread_rows, shapes, measured_on)
-    print(spread_report.markdown(result))
     if chosen.output:
         save(chosen.output, "context_parallel", spread_report.markdown(result), result)
         spread_report.draw(result, chosen.output / "context_parallel.png")
+    print(spread_report.markdown(result))
     return report_failures(result)
 
 
