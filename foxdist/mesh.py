@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 
 from foxdist.config import ConfigError
-from foxdist.progress import progress
+from foxdist.progress import name_ranks, progress
 
 BACKSTOP = timedelta(minutes=3)
 """How much later than the watch (watch.py), which says more, the process group itself ends what takes too long."""
+SAME_COMMAND = "start all ranks with the same file and overrides, and another job at a port of its own"
 T = TypeVar("T")
 
 
@@ -96,6 +97,7 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
                 "must be a port that no other job uses; choose another (deepspeed --master_port N, torchrun "
                 "--standalone), or end what is left of a killed job"
             ) from None
+    agree({"parallel.cp": cp})  # before groups are made of it
     urgent = _urgent(timeout) if gpu else None
     groups = [dist.new_group(range(at, at + cp), timeout=timeout, pg_options=urgent) for at in range(0, world, cp)]
     return Mesh(rank, world, local, cp, device, groups[rank // cp])
@@ -149,6 +151,28 @@ def on_rank_0(fn: Callable[[], T]) -> T | None:
     if failed:
         raise ConfigError(text) if known else RuntimeError(f"rank 0 failed: {failed}: {text}")
     return result
+
+
+def agree(mine: dict[str, Any], remedy: str = SAME_COMMAND) -> None:
+    """Raises the same `ConfigError` on all ranks if they do not have the same values; every rank must call.
+
+    mine: by the names that users know; they pickle. remedy: the part of the error that says what to change.
+    """
+    first = broadcast(mine)
+    differing = {key: mine.get(key) for key in {**first, **mine} if mine.get(key) != first.get(key)}
+    every: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    with progress.exchange("comparison of configurations"):
+        dist.all_gather_object(every, differing)
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, values in enumerate(every):
+        for key, value in values.items():
+            ranks.setdefault((key, str(value)), []).append(rank)
+    if ranks:
+        found = [
+            f"{key}: is {value} on {name_ranks(some)} and {first.get(key)} on rank 0; must be the same on all; {remedy}"
+            for (key, value), some in ranks.items()
+        ]
+        raise ConfigError("\n".join(found))
 
 
 def hosts() -> list[str]:

@@ -99,6 +99,34 @@ def test_a_port_that_is_taken_is_named(environment):
             mesh.start(1, 2)
 
 
+def compare(rank, size, values):
+    """What ranks with these values are told, and ranks with values of `parallel.cp` that do not go together."""
+    said = []
+    for call in (lambda: mesh.agree(values[rank]), lambda: mesh.start(1 + rank % 2, 2)):
+        try:
+            call()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_that_differ_are_named_on_all(ranks):
+    same = {"a.b": [1.5, None], "a.c": 1}
+    values = [same, same | {"a.b": 2}, same, same | {"a.b": 2, "a.d": "new"}]
+    answers = ranks(4, compare, values)
+    told, of_cp = answers[0]
+    lines = [
+        line.partition("; must be the same on all; start all ranks with the same file") for line in told.split("\n")
+    ]
+    assert all(found for _, found, _ in lines)
+    assert sorted(what for what, *_ in lines) == [
+        "a.b: is 2 on ranks 1, 3 and [1.5, None] on rank 0",
+        "a.d: is new on rank 3 and None on rank 0",
+    ]
+    assert of_cp.startswith("parallel.cp: is 2 on ranks 1, 3 and 1 on rank 0;")
+    assert answers == [answers[0]] * 4
+
+
 def places(rank, size, cp):
     m = mesh.start(cp, 2)
     return m.dp, m.cp_rank, sorted(dist.get_process_group_ranks(m.cp_group))
