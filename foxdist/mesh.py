@@ -200,7 +200,9 @@ def _urgent(timeout: timedelta) -> Any:
 def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
     """Where ranks meet: a store that rank 0 hosts at MASTER_ADDR; None if torchrun hosts one.
 
-    torch itself would let it listen on every interface.
+    torch itself would let it listen on every interface. Ranks of another job that was given the same port come to it,
+    too: those of a job of another size see nothing of this one, and the second rank of a number raises `OSError`. A job
+    that starts again has a new store. torchrun's may outlive a start, and its agents say who takes part.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
@@ -208,7 +210,7 @@ def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
     listening = None
     if rank == 0:
         listening = listen(host, port, one_host=int(os.environ["LOCAL_WORLD_SIZE"]) == world)
-    return dist.TCPStore(
+    store = dist.TCPStore(
         host,
         port,
         world,
@@ -216,6 +218,10 @@ def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
         timeout=timeout,
         master_listen_fd=listening.detach() if listening else None,
     )
+    ours = dist.PrefixStore(f"{world} ranks", store)
+    if ours.add(f"arrived/{rank}", 1) > 1:
+        raise OSError(f"another rank {rank} is there already")
+    return ours
 
 
 def listen(host: str, port: int, *, one_host: bool) -> socket.socket:

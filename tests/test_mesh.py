@@ -2,6 +2,8 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -97,6 +99,24 @@ def test_a_port_that_is_taken_is_named(environment):
             environment.setenv(name, value)
         with pytest.raises(ConfigError, match=r"ranks cannot meet at 127.0.0.1 .*in use.*choose another"):
             mesh.start(1, 2)
+
+
+def test_ranks_of_another_job_on_the_port_are_sent_away(environment):
+    """One of a larger job that comes before this job's own is not taken for it, and one of its size that comes after
+    is told of the port. The job itself notices neither."""
+    port, wait = mesh.free_port(), timedelta(seconds=20)
+    environment.setenv("MASTER_ADDR", "127.0.0.1")
+    environment.setenv("MASTER_PORT", str(port))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        environment.setenv(name, value)
+    with ThreadPoolExecutor() as threads:
+        hosting = threads.submit(mesh._store, 0, 2, wait)
+        mesh._store(1, 3, wait)
+        own = mesh._store(1, 2, wait)
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: .*another rank 1 is there already.*choose anoth"):
+            mesh.start(1, 2)
+        hosting.result().set("word", "ours")
+    assert own.get("word") == b"ours"
 
 
 def compare(rank, size, values):
