@@ -5,12 +5,12 @@ import shutil
 
 import torch
 
+from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
-from foxdist import run_folder
 from foxdist.attention.backends import choose_backend
 from foxdist.config import Config, ConfigError
-from foxdist.data.folder import open_folder
-from foxdist.data.loader import steps_per_epoch
+from foxdist.data.folder import fingerprint, open_folder
+from foxdist.data.loader import check_position, steps_per_epoch
 from foxdist.sinks import check_wandb
 
 
@@ -38,6 +38,9 @@ def check_run(config: Config, world: int) -> None:
     steps_per_epoch(config.data.path, prepared, config.train.tokens_per_step // config.data.sequence_length)
     check_wandb(config)
     run_folder.check(config)
+    for folder in run_folder.newest_first(run_folder.checkpoints(config.train.run_dir))[:1]:
+        if saved := checkpoint.read_manifest(folder):
+            check_position(config.data.path, fingerprint(config.data.path, prepared), saved.data)
 
 
 def check_machine(config: Config) -> None:

@@ -247,7 +247,7 @@ def weights(root: Path) -> tuple[int, dict[str, torch.Tensor]]:
     there is no good one.
     """
     for folder in newest_first(root):
-        saved = _read_manifest(folder)
+        saved = read_manifest(folder)
         wrong = ["no readable manifest"] if saved is None else _faults(folder, saved, list(saved.files))
         if saved is not None and not wrong:
             return saved.step, shares.weights(folder)
@@ -258,7 +258,7 @@ def weights(root: Path) -> tuple[int, dict[str, torch.Tensor]]:
 def _survey(root: Path) -> list[tuple[Path, Saved | None]]:
     """All checkpoints, newest first, with their manifests; what a kill left half-written goes."""
     _clear(root)
-    return [(folder, _read_manifest(folder)) for folder in newest_first(root)]
+    return [(folder, read_manifest(folder)) for folder in newest_first(root)]
 
 
 def _set_aside(damaged: list[Path]) -> None:
@@ -270,7 +270,7 @@ def _set_aside(damaged: list[Path]) -> None:
         folder.rename(aside)
 
 
-def _read_manifest(folder: Path) -> Saved | None:
+def read_manifest(folder: Path) -> Saved | None:
     """None if it is damaged. Raises `ConfigError` if it is of another version."""
     try:
         tree = json.loads((folder / MANIFEST).read_text())

@@ -232,6 +232,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def leaves(config: Config) -> dict[str, Any]:
+    """Each key's value under `section.key`, in the types of JSON."""
+    sections = config.model_dump(mode="json")
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
 def check_world(config: Config, world: int) -> tuple[int, int]:
     """(dp, gradient accumulation) on `world` ranks. Raises `ConfigError` where they do not fit."""
     cp, train = config.parallel.cp, config.train

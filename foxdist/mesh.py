@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 
 from foxdist.config import ConfigError
-from foxdist.progress import progress
+from foxdist.progress import name_ranks, progress
 
 BACKSTOP = timedelta(minutes=3)
 """How much later than the watch (watch.py), which says more, the process group itself ends what takes too long."""
+SAME_COMMAND = "start all ranks with the same file and overrides, and another job at a port of its own"
 T = TypeVar("T")
 
 
@@ -96,6 +97,7 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
                 "must be a port that no other job uses; choose another (deepspeed --master_port N, torchrun "
                 "--standalone), or end what is left of a killed job"
             ) from None
+    agree({"parallel.cp": cp})  # before groups are made of it
     urgent = _urgent(timeout) if gpu else None
     groups = [dist.new_group(range(at, at + cp), timeout=timeout, pg_options=urgent) for at in range(0, world, cp)]
     return Mesh(rank, world, local, cp, device, groups[rank // cp])
@@ -151,6 +153,28 @@ def on_rank_0(fn: Callable[[], T]) -> T | None:
     return result
 
 
+def agree(mine: dict[str, Any], remedy: str = SAME_COMMAND) -> None:
+    """Raises the same `ConfigError` on all ranks if they do not have the same values; every rank must call.
+
+    mine: by the names that users know; they pickle. remedy: the part of the error that says what to change.
+    """
+    first = broadcast(mine)
+    differing = {key: mine.get(key) for key in {**first, **mine} if mine.get(key) != first.get(key)}
+    every: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    with progress.exchange("comparison of configurations"):
+        dist.all_gather_object(every, differing)
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, values in enumerate(every):
+        for key, value in values.items():
+            ranks.setdefault((key, str(value)), []).append(rank)
+    if ranks:
+        found = [
+            f"{key}: is {value} on {name_ranks(some)} and {first.get(key)} on rank 0; must be the same on all; {remedy}"
+            for (key, value), some in ranks.items()
+        ]
+        raise ConfigError("\n".join(found))
+
+
 def hosts() -> list[str]:
     """The host of every rank of the world, in rank order. Every rank must call."""
     names = [""] * dist.get_world_size()
@@ -176,7 +200,9 @@ def _urgent(timeout: timedelta) -> Any:
 def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
     """Where ranks meet: a store that rank 0 hosts at MASTER_ADDR; None if torchrun hosts one.
 
-    torch itself would let it listen on every interface.
+    torch itself would let it listen on every interface. Ranks of another job that was given the same port come to it,
+    too: those of a job of another size see nothing of this one, and the second rank of a number raises `OSError`. A job
+    that starts again has a new store. torchrun's may outlive a start, and its agents say who takes part.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
@@ -184,7 +210,7 @@ def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
     listening = None
     if rank == 0:
         listening = listen(host, port, one_host=int(os.environ["LOCAL_WORLD_SIZE"]) == world)
-    return dist.TCPStore(
+    store = dist.TCPStore(
         host,
         port,
         world,
@@ -192,6 +218,10 @@ def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
         timeout=timeout,
         master_listen_fd=listening.detach() if listening else None,
     )
+    ours = dist.PrefixStore(f"{world} ranks", store)
+    if ours.add(f"arrived/{rank}", 1) > 1:
+        raise OSError(f"another rank {rank} is there already")
+    return ours
 
 
 def listen(host: str, port: int, *, one_host: bool) -> socket.socket:

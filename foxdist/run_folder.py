@@ -3,35 +3,32 @@
 import os
 import stat
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import yaml
-
-from foxdist.config import Config, ConfigError, dump
+from foxdist.config import Config, ConfigError, dump, leaves, load
 from foxdist.files import Held, hold, replace_text
 from foxdist.log import log
 
 # What may change between two starts of one run, because it changes neither the model, nor the data, nor the meaning of
-# a step. The length may: a longer run is the usual reason to start again (and it stretches a cosine schedule).
+# a step. Pruning by another rule or none keeps what `acp.log_eps` promises. Data may lie elsewhere: what it holds is
+# compared with the checkpoint's (data/loader.py). The length may: a longer run is the usual reason to start again (and
+# it stretches a cosine schedule).
 CHANGEABLE = {
+    "acp.bound",
+    "acp.certify_every",
+    "acp.dry_run",
+    "acp.enabled",
+    "data.path",
     "data.workers",
     "model.backend",
-    "parallel.checksum_every",
-    "parallel.cp",
-    "parallel.hang_factor",
-    "parallel.layout",
-    "parallel.overlap",
-    "parallel.schedule",
-    "parallel.timeout_minutes",
-    "parallel.transport",
-    "parallel.zero",
     "train.activation_checkpointing",
+    "train.compile",
     "train.micro_batch",
     "train.run_dir",
     "train.steps",
     "train.tokens",
 }
-CHANGEABLE_SECTIONS = {"checkpoint", "metrics"}
+CHANGEABLE_SECTIONS = {"checkpoint", "metrics", "parallel"}
 PRIVATE = 0o700
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -53,19 +50,17 @@ def check(config: Config) -> None:
     if not path.exists() or not newest_first(checkpoints(folder)):
         return
     try:
-        before = _leaves(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError, OSError):
+        before = leaves(load(path))  # what an earlier version did not know gets its default
+    except (ConfigError, OSError) as error:
         raise ConfigError(
-            f"train.run_dir={folder}: its config.yaml is damaged; must be readable to continue the run; restore it, or "
-            "delete it if the run is this one"
+            f"train.run_dir={folder}: its config.yaml is damaged or of a later version ({error}); must be readable to "
+            "continue the run; restore it, or delete it if the run is this one"
         ) from None
-    now = _leaves(yaml.safe_load(dump(config)))
+    now = leaves(config)
     changed = [
-        f"{key} was {before.get(key)} and is {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and key not in CHANGEABLE
-        and key.partition(".")[0] not in CHANGEABLE_SECTIONS
+        f"{key} was {before[key]} and is {now[key]}"
+        for key in sorted(now)
+        if before[key] != now[key] and key not in CHANGEABLE and key.partition(".")[0] not in CHANGEABLE_SECTIONS
     ]
     if changed:
         raise ConfigError(
@@ -123,7 +118,3 @@ def newest_first(root: Path) -> list[Path]:
 
 def _unusable(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(f"train.run_dir={folder}: {error}; must be a folder that can be written; choose another")
-
-
-def _leaves(tree: dict[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

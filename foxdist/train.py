@@ -39,7 +39,7 @@ from foxdist.checkpoint import SaveError
 from foxdist.clock import Clock
 from foxdist.compiling import compile_blocks
 from foxdist.config import Config, ConfigError
-from foxdist.data.folder import open_folder
+from foxdist.data.folder import fingerprint, open_folder
 from foxdist.data.loader import Batch, Loader, next_of_all
 from foxdist.guard import Guard, GuardError, check_plans, check_pruned, check_update
 from foxdist.layer import pruning
@@ -143,6 +143,8 @@ def build(config: Config, mesh: Mesh, stop: Stop | None = None, watch: Watch | N
 
     stop: default, one that hears no signals. watch: is told when the run folder is this job's.
     """
+    prepared = open_folder(config.data.path)
+    check_alike(config, fingerprint(config.data.path, prepared))
     config, stop = settle(config, mesh), stop or Stop()
     lock = meshes.on_rank_0(lambda: run_folder.take(config))
     meshes.on_rank_0(lambda: stop.take(config.train.run_dir))
@@ -152,7 +154,7 @@ def build(config: Config, mesh: Mesh, stop: Stop | None = None, watch: Watch | N
     per_group = config.train.micro_batch * trainer.accumulation
     loader = Loader(
         config.data.path,
-        open_folder(config.data.path),
+        prepared,
         batch=per_group,
         global_batch=per_group * mesh.dp,
         cp=mesh.cp,
@@ -168,6 +170,17 @@ def build(config: Config, mesh: Mesh, stop: Stop | None = None, watch: Watch | N
         result.step = saved.step
         log.log.info("continuing %s after step %d", config.train.run_dir, saved.step)
     return result
+
+
+def check_alike(config: Config, data: str) -> None:
+    """Raises the same `ConfigError` on all ranks if they have different configurations, or data of other fingerprints.
+
+    Launchers may be called on each host by hand. Hosts may keep copies of the data at places of their own.
+    """
+    values = configuration.leaves(config)
+    del values["data.path"]
+    meshes.agree(values)
+    meshes.agree({"data.path (fingerprint)": data}, "copy one host's data to the others, or name a folder that all see")
 
 
 def settle(config: Config, mesh: Mesh) -> Config:

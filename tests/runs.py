@@ -50,9 +50,9 @@ def write_texts(folder, documents=40, seed=0):
     return folder
 
 
-def write_data(folder, length=512, documents=40):
+def write_data(folder, length=512, documents=40, seed=0):
     """A prepared folder of sequences of `length` tokens."""
-    texts = write_texts(folder.with_name(folder.name + "-texts"), documents)
+    texts = write_texts(folder.with_name(folder.name + "-texts"), documents, seed)
     prepare(Options(inputs=(texts,), output=folder, sequence_length=length))
     return folder
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -97,6 +99,52 @@ def test_a_port_that_is_taken_is_named(environment):
             environment.setenv(name, value)
         with pytest.raises(ConfigError, match=r"ranks cannot meet at 127.0.0.1 .*in use.*choose another"):
             mesh.start(1, 2)
+
+
+def test_ranks_of_another_job_on_the_port_are_sent_away(environment):
+    """One of a larger job that comes before this job's own is not taken for it, and one of its size that comes after
+    is told of the port. The job itself notices neither."""
+    port, wait = mesh.free_port(), timedelta(seconds=20)
+    environment.setenv("MASTER_ADDR", "127.0.0.1")
+    environment.setenv("MASTER_PORT", str(port))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        environment.setenv(name, value)
+    with ThreadPoolExecutor() as threads:
+        hosting = threads.submit(mesh._store, 0, 2, wait)
+        mesh._store(1, 3, wait)
+        own = mesh._store(1, 2, wait)
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: .*another rank 1 is there already.*choose anoth"):
+            mesh.start(1, 2)
+        hosting.result().set("word", "ours")
+    assert own.get("word") == b"ours"
+
+
+def compare(rank, size, values):
+    """What ranks with these values are told, and ranks with values of `parallel.cp` that do not go together."""
+    said = []
+    for call in (lambda: mesh.agree(values[rank]), lambda: mesh.start(1 + rank % 2, 2)):
+        try:
+            call()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_that_differ_are_named_on_all(ranks):
+    same = {"a.b": [1.5, None], "a.c": 1}
+    values = [same, same | {"a.b": 2}, same, same | {"a.b": 2, "a.d": "new"}]
+    answers = ranks(4, compare, values)
+    told, of_cp = answers[0]
+    lines = [
+        line.partition("; must be the same on all; start all ranks with the same file") for line in told.split("\n")
+    ]
+    assert all(found for _, found, _ in lines)
+    assert sorted(what for what, *_ in lines) == [
+        "a.b: is 2 on ranks 1, 3 and [1.5, None] on rank 0",
+        "a.d: is new on rank 3 and None on rank 0",
+    ]
+    assert of_cp.startswith("parallel.cp: is 2 on ranks 1, 3 and 1 on rank 0;")
+    assert answers == [answers[0]] * 4
 
 
 def places(rank, size, cp):

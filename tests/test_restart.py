@@ -17,8 +17,9 @@ from foxdist import checkpoint, run_folder, shares
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist import train as training
+from foxdist.before_start import check_run
 
-from runs import TRAIN, command, environment, go, launch, losses, tree, write_yaml
+from runs import TRAIN, command, environment, go, launch, losses, tree, write_data, write_yaml
 
 STEPS = 20
 
@@ -238,6 +239,35 @@ def test_a_finished_run_says_so_and_can_be_lengthened(ranks, finished, tmp_path)
     values["train"]["steps"] = 14
     assert "after step 12" in ranks(1, go, values)[0]
     assert max(losses(folder)) == 14
+
+
+def test_data_may_move_but_not_change(ranks, data, finished, tmp_path):
+    """Known at once, and to whoever looks no sooner than when the position is restored."""
+    values, folder = copy_of(finished, tmp_path)
+    values["train"]["steps"] = 13
+    values["data"]["path"] = str(write_data(tmp_path / "other", seed=1))
+    with pytest.raises(ValueError, match=r"is not the data that this run .* \(fingerprint \w+, not \w+\); must have"):
+        check_run(configuration.parse(values), 1)
+    assert "is not the data that this run was trained on" in ranks(1, fails, values)[0]
+    values["data"]["path"] = str(shutil.copytree(data, tmp_path / "moved"))
+    said = ranks(1, go, values)[0]
+    assert "after step 12" in said
+    assert "does not say" not in said
+    assert max(losses(folder)) == 13
+
+
+def test_a_checkpoint_that_does_not_name_its_data_is_continued(ranks, finished, tmp_path):
+    """As versions before wrote them."""
+    values, folder = copy_of(finished, tmp_path)
+    values["train"]["steps"] = 13
+    for path in folder.glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["data"]["fingerprint"]
+        path.write_text(json.dumps(manifest))
+    said = ranks(1, go, values)[0]
+    assert "after step 12" in said
+    assert "does not say whether it was made on this data" in said
+    assert max(losses(folder)) == 13
 
 
 def test_a_run_folder_of_another_configuration_is_refused(ranks, finished):

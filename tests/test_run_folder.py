@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from foxdist import config as configuration
 from foxdist import run_folder
@@ -44,6 +45,47 @@ def test_a_configuration_binds_from_the_first_checkpoint_on(tmp_path):
     (run_folder.checkpoints(tmp_path) / "step_00000008").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"optim\.lr was 0\.005 and is 1e-05"):
         run_folder.check(other)
+
+
+def started(folder, values):
+    """A run folder with this configuration and a checkpoint."""
+    (run_folder.checkpoints(folder) / "step_00000008").mkdir(parents=True)
+    run_folder.record(configuration.parse(values))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("acp.enabled", False),  # as the certificate's error asks for
+        ("acp.certify_every", 0),
+        ("acp.dry_run", True),
+        ("acp.bound", "tight"),
+        ("train.compile", True),
+        ("data.path", "/elsewhere/data"),
+        ("parallel.cp", 2),
+        ("metrics.every", 7),
+    ],
+)
+def test_what_changes_neither_model_nor_data_nor_recipe_may_change(tmp_path, key, value):
+    values = tree("/data", tmp_path) | {"acp": {}}
+    started(tmp_path, values)
+    section, name = key.split(".")
+    values[section][name] = value
+    run_folder.check(configuration.parse(values))
+
+
+def test_a_run_older_than_a_key_goes_on_with_its_default(tmp_path):
+    values = tree("/data", tmp_path)
+    started(tmp_path, values)
+    path = tmp_path / "config.yaml"
+    before = yaml.safe_load(path.read_text())
+    del before["acp"], before["train"]["precision"], before["optim"]["betas"]
+    path.write_text(yaml.safe_dump(before))
+    values["train"]["precision"] = "bf16"
+    run_folder.check(configuration.parse(values))
+    values["train"]["precision"] = "fp32"
+    with pytest.raises(ValueError, match=r"\(train\.precision was bf16 and is fp32\)"):
+        run_folder.check(configuration.parse(values))
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Training end to end on real data: the same numbers on any mesh, and a stop before a bad update."""
 
 import json
+import os
 import re
 import socket
 
@@ -17,7 +18,7 @@ from foxdist.guard import NonFiniteError
 from foxdist.sinks import Sinks
 
 from ranks import Ranks
-from runs import go, launch, rows, tree, write_yaml
+from runs import go, launch, losses, rows, tree, write_data, write_yaml
 
 STEPS = 20
 
@@ -175,6 +176,40 @@ def test_a_sequence_on_one_host_is_not_spread_because_the_job_is(ranks, data, tm
 
 
 # ---- what must not happen quietly
+
+
+def apart(rank, size, values, *changes):
+    """What `go` returns on ranks that are each on a host of its own, with changes of its own to the configuration."""
+    before, os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = dict(os.environ), "0", "1"
+    try:
+        return go(rank, size, merge(values, changes[rank], values["train"]["run_dir"]))
+    finally:
+        os.environ.update(before)
+
+
+@pytest.mark.parametrize("key, value, first", [("optim.lr", 4e-5, 0.005), ("train.seed", 1, 0), ("parallel.cp", 2, 1)])
+def test_a_rank_with_another_configuration_ends_all(ranks, data, tmp_path, key, value, first):
+    values = tree(data, tmp_path / "run", train__steps=1, optim__warmup_tokens=0)
+    answers = ranks(2, apart, values, {}, {key: value})
+    assert answers[0].startswith(
+        f"{key}: is {value} on rank 1 and {first} on rank 0; must be the same on all; start all"
+    )
+    assert answers[1] == answers[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_may_have_copies_of_the_data_but_no_other(ranks, data, tmp_path):
+    """Also the same text prepared elsewhere."""
+    values = tree(data, tmp_path / "one", train__steps=3)
+    ranks(2, go, values)
+    values["train"]["run_dir"] = str(tmp_path / "two")
+    ranks(2, apart, values, {}, {"data.path": str(write_data(tmp_path / "same"))})
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    values["train"]["run_dir"] = str(tmp_path / "three")
+    for said in ranks(2, apart, values, {}, {"data.path": str(write_data(tmp_path / "other", seed=1))}):
+        assert said.startswith("data.path (fingerprint): is ")
+        assert "on rank 0; must be the same on all; copy one host's data to the others" in said
+    assert not (tmp_path / "three").exists()
 
 
 def weights(run):

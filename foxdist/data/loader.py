@@ -21,12 +21,15 @@ import torch
 import torch.distributed as dist
 
 from foxdist.config import ConfigError
-from foxdist.data.folder import Prepared, check_shard
+from foxdist.data.folder import Prepared, check_shard, fingerprint
 from foxdist.data.streaming_import import import_streaming, number_shared_memory_from
+from foxdist.log import log
 from foxdist.loss import IGNORE
 from foxdist.mesh import Mesh, broadcast
 from foxdist.progress import progress
 from foxdist.stopping import live_as_long_as_the_parent
+
+FINGERPRINT = "fingerprint"  # in a saved position, beside streaming's keys
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ def steps_per_epoch(path: Path, prepared: Prepared, global_batch: int) -> int:
     return prepared.sequences // global_batch
 
 
+def check_position(path: Path, found: str, state: dict[str, Any]) -> None:
+    """Raises `ConfigError` if a saved position is one in other data than this, whose fingerprint is `found`.
+
+    What an older version saved does not say.
+    """
+    expected = state.get(FINGERPRINT)
+    if expected not in (None, found):
+        raise ConfigError(
+            f"data.path={path}: is not the data that this run was trained on (fingerprint {found}, not {expected}); "
+            "must have the same shards, wherever they lie; name or restore that folder, or choose a new train.run_dir"
+        )
+
+
 class Loader:
     """An endless stream of steps' batches with a position that can be saved.
 
@@ -88,6 +104,7 @@ class Loader:
         seed: int,
         workers: int,
     ):
+        self._path, self._fingerprint = path, fingerprint(path, prepared)
         self._epoch_size = steps_per_epoch(path, prepared, global_batch) * global_batch
         streaming = import_streaming()
         number_shared_memory_from(broadcast(secrets.randbelow(2**31)))
@@ -128,14 +145,17 @@ class Loader:
                 reading.non_blocking_exit()
 
     def state(self) -> dict[str, Any]:
-        """The position after the batches taken so far; JSON."""
-        state = self._loader.state_dict()
+        """The position after the batches taken so far, and in which data; JSON."""
+        state = self._loader.state_dict() | {FINGERPRINT: self._fingerprint}
         if state["sample_in_epoch"] >= self._epoch_size:
             state.update(epoch=state["epoch"] + 1, sample_in_epoch=0)
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after a saved position. Call before iterating."""
+        """Continues after a saved position. Call before iterating. Raises `ConfigError` if it is one in other data."""
+        check_position(self._path, self._fingerprint, state)
+        if FINGERPRINT not in state:
+            log.info("data.path=%s: the checkpoint does not say whether it was made on this data", self._path)
         self._loader.load_state_dict(state)
 
 
