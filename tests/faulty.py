@@ -26,7 +26,7 @@ def here(part, step=STEP):
 
 def in_an_exchange(do):
     """Between the posting of an exchange and the wait for it, in backward; the rank has said that it is there."""
-    real = Swap._finish
+    real = Swap.finish
 
     def finish(self):
         if here("backward"):
@@ -34,7 +34,7 @@ def in_an_exchange(do):
             do()
         real(self)
 
-    Swap._finish = finish
+    Swap.finish = finish
 
 
 def in_forward(do, step=STEP):
