@@ -3,8 +3,12 @@ and attention measured on two gloo ranks."""
 
 import itertools
 import json
+import re
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,3 +355,19 @@ def test_numbers_are_checked(words, capsys):
 def test_a_gpu_that_is_not_here_is_said(capsys):
     assert bench.main(["context-parallel", "--device", "cuda", "--lengths", "1024", "--plan-ranks", "2"]) == 2
     assert "--device cuda: torch finds no GPU" in capsys.readouterr().err
+
+
+def test_one_rank_alone(tmp_path):
+    """The script by which README says what ranks cost but for the link; in a process of its own, with a group of its
+    own."""
+    words = ["--points", "2048x2", "4096x4", "--shape", "4x16", "--transports", "nccl", "peer", "--repeats", "1"]
+    said = subprocess.run(
+        [sys.executable, Path(__file__).with_name("one_rank.py"), *words], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line.partition(":")[0] for line in said] == [
+        f"{length} tokens, rank {ranks // 2} of {ranks}, {transport}, {schedule}"
+        for length, ranks in (("2,048", 2), ("4,096", 4))
+        for transport in ("nccl", "peer")
+        for schedule in ("auto", "gather", "ring")
+    ]
+    assert all(re.search(r"forward [\d.]+ ms, .* one after the other [\d.]+ each$", line) for line in said)

@@ -28,8 +28,8 @@ GATHERED = 2**30
 STAGE_WORTH = 50e6
 """Bytes of K and V at which a second stage pays: w c / 4, as `stage_count` has it. w is 50 GB/s, of a 400 Gbit/s
 adapter. c is 4 ms, what a stage costs the host in forward and backward: 3.8, 3.9 and 5.4 ms on one H200 that was a rank
-of 8, 16 and 64, without a link (16 heads of 64, `acp` gates, 65,536, 262,144 and 1,048,576 tokens; ring less gather).
-"""
+of 8, 16 and 64, without a link (16 heads of 64, `acp` gates, 65,536, 262,144 and 1,048,576 tokens; ring less gather;
+tests/one_rank.py)."""
 
 
 @dataclass(frozen=True, eq=False)
