@@ -312,7 +312,7 @@ def test_gates_of_a_run_are_recorded_and_measured(trained, tmp_path, capsys):
     """Trained on two ranks, recorded in this process; documents begin with RESET."""
     run, _ = trained
     file = tmp_path / "gates.safetensors"
-    assert bench.main(["record", str(run), "--output", str(file), "--sequence", "1", "--device", "cpu"]) == 0
+    assert bench.main(["record-gates", str(run), "--output", str(file), "--sequence", "1", "--device", "cpu"]) == 0
     assert "[layers, tokens, heads] = [2, 512, 2]" in capsys.readouterr().out
     log_f = load_file(file)["log_f"]
     assert log_f.shape == (2, 512, 2)
@@ -328,7 +328,7 @@ def test_gates_of_a_run_are_recorded_and_measured(trained, tmp_path, capsys):
     assert "gates gates," in capsys.readouterr().out
     assert set(load_file(file)) == {"log_f"}
     with_inputs = [
-        "record",
+        "record-gates",
         str(run),
         "--output",
         str(file),
@@ -355,7 +355,7 @@ def test_recorded_gates_are_those_of_the_weights(trained, tmp_path):
     """Against the first layer's gate computed by hand from the saved parameters."""
     run, data = trained
     file = tmp_path / "gates.safetensors"
-    assert bench.main(["record", str(run), "--output", str(file), "--device", "cpu"]) == 0
+    assert bench.main(["record-gates", str(run), "--output", str(file), "--device", "cpu"]) == 0
     step, w = checkpoint.weights(run_folder.checkpoints(run))
     assert step == 2
     batch = one_sequence(data, open_folder(data), 0)
@@ -381,7 +381,7 @@ def test_weights_come_from_the_newest_good_checkpoint(trained, tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):
-    assert bench.main(["record", str(tmp_path), "--output", str(tmp_path / "x")]) == 2
+    assert bench.main(["record-gates", str(tmp_path), "--output", str(tmp_path / "x")]) == 2
     assert "no such file" in capsys.readouterr().err
 
 

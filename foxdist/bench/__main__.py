@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
         (attention, "attention", "time, memory and errors of attention against other implementations"),
         (context_parallel, "context-parallel", "attention over ranks: bytes, balance, time, and which layout wins"),
         (kernels, "kernels", "time of each kernel of one attention call"),
-        (record, "record", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
+        (record, "record-gates", "writes the forget gates of a run's newest checkpoint, for attention --gates FILE"),
         (scaling, "scaling", "one table and picture of many results of `train`: strong and weak scaling"),
         (train, "train", "tokens/s, utilisation and memory of training, and the longest sequence that fits"),
         (tune, "tune", "times tile sizes of the kernels on a new GPU and prints their table"),

@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shapes", default=SHAPES, metavar="HxD,...", help="query heads x head dim; default: %(default)s")
     add("--kv-heads", type=positive, metavar="K", help="key and value heads; default: as many as query heads")
     add("--lengths", type=positive, nargs="+", default=LENGTHS, metavar="T")
-    add("--gates", default="acp", metavar="KIND|FILE", help=f"{', '.join(gate_kinds.REGIMES)}, or a file of `record`")
+    add("--gates", default="acp", metavar="KIND|FILE", help=gate_kinds.CHOICES)
     add("--ranks", type=positive, nargs="+", default=RANKS, metavar="P", help="of context parallelism")
     add("--layout", choices=LAYOUTS, default="zigzag")
     add("--log-eps", type=float, default=gate_kinds.LOG_EPS, metavar="X", help="default: %(default)s")

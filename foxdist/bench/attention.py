@@ -35,11 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--head-dim", type=positive, metavar="D")
     add("--kv-heads", type=positive, metavar="K", help="key and value heads; default: as many as query heads")
     add("--lengths", type=positive, nargs="+", metavar="T")
-    add(
-        "--gates",
-        metavar="KIND|FILE",
-        help=f"{', '.join(gate_kinds.REGIMES)}, or a file that `record` wrote; default: acp on a GPU, local on a CPU",
-    )
+    about = f"{gate_kinds.CHOICES}; default: acp on a GPU, local on a CPU"
+    add("--gates", metavar="KIND|FILE", help=about)
     add("--implementations", nargs="+", metavar="NAME", help="default: what is made for the device, and all peers")
     add(
         "--peer",

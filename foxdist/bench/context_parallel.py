@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-heads", type=positive, metavar="K", help="key and value heads; default: as many as query heads")
     add("--lengths", type=positive, nargs="+", metavar="T", help="default: 65536 1048576, or none with --weak")
     add("--weak", type=positive, nargs="+", default=[], metavar="T", help="also so many tokens for each rank")
-    add("--gates", default="acp", metavar="KIND|FILE", help=f"{', '.join(gate_kinds.REGIMES)}, or a file of `record`")
+    add("--gates", default="acp", metavar="KIND|FILE", help=gate_kinds.CHOICES)
     add("--bound", choices=BOUNDS, default=BOUNDS[0], help="the pruning rule; default: %(default)s")
     add("--no-acp", action="store_true", help="prune nothing")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))

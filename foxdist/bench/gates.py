@@ -63,7 +63,7 @@ def recorded(path: Path) -> Gates:
     except SafetensorError as error:
         raise ValueError(
             f"{path}: {error}; must be a safetensors file with log_f [layers, T, H] or [T, H]; "
-            "python -m foxdist.bench record RUN_DIR --output FILE writes one"
+            "python -m foxdist.bench record-gates RUN_DIR --output FILE writes one"
         ) from None
     if log_f.ndim == 2:
         log_f = log_f[None]
@@ -144,3 +144,5 @@ REGIMES: dict[str, Callable[[int, int], torch.Tensor]] = {
     "initial": lambda heads, dim: torch.zeros(heads),
     "open": lambda heads, dim: torch.full((heads,), 12.0),
 }
+CHOICES = f"{', '.join(REGIMES)}, or a file of `record-gates`"
+"""What `--gates` may be, for help."""

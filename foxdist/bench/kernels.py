@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-heads", type=positive, metavar="K", help="default: as many as query heads")
     add("--head-dim", type=positive, default=64, metavar="D")
     add("--length", type=positive, default=65536, metavar="T")
-    add("--gates", default="acp", metavar="KIND|FILE", help=f"{', '.join(gate_kinds.REGIMES)}, or a file of `record`")
+    add("--gates", default="acp", metavar="KIND|FILE", help=gate_kinds.CHOICES)
     add("--dtype", choices=DTYPES, default="bf16")
     add("--backend", choices=[name for name in BACKENDS if name != "torch"], default="auto")
     add("--bound", choices=BOUNDS, default=BOUNDS[0], help="the pruning rule; default: %(default)s")
