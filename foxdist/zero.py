@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from foxdist import shares
 from foxdist.config import Config
+from foxdist.model import parameter_count
 from foxdist.shares import Flat, Piece
 
 
@@ -43,7 +44,11 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         # beside the sums (1.4 GiB of 760M).
         "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_optimization": {
+            "stage": config.parallel.zero,
+            # Stages 2 and 3 hold a buffer of so many gradients from the start: DeepSpeed's 5e8, if there are as many.
+            "reduce_bucket_size": min(5 * 10**8, parameter_count(config.model)),
+        },
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own is compiled at first use (minutes)
         "steps_per_print": 2**31,
     }
