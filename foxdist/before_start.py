@@ -10,7 +10,7 @@ from foxdist import config as configuration
 from foxdist.attention.backends import choose_backend
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import fingerprint, open_folder
-from foxdist.data.loader import check_position, steps_per_epoch
+from foxdist.data.loader import FINGERPRINT, check_position, steps_per_epoch
 from foxdist.sinks import check_wandb
 
 
@@ -41,6 +41,8 @@ def check_run(config: Config, world: int) -> None:
     for folder in run_folder.newest_first(run_folder.checkpoints(config.train.run_dir))[:1]:
         if saved := checkpoint.read_manifest(folder):
             check_position(config.data.path, fingerprint(config.data.path, prepared), saved.data)
+            if FINGERPRINT not in saved.data:
+                run_folder.check_data_path(config)
 
 
 def check_machine(config: Config) -> None:

@@ -70,6 +70,16 @@ def check(config: Config) -> None:
         )
 
 
+def check_data_path(config: Config) -> None:
+    """Raises `ConfigError` if `data.path` changed: for runs whose checkpoint does not say on which data it was made."""
+    was = load(config.train.run_dir / "config.yaml").data.path
+    if was != config.data.path:
+        raise ConfigError(
+            f"data.path={config.data.path}: was {was}, and the checkpoint, of an earlier version, does not say what it "
+            "was trained on; must be as it was until there is a newer one; set it back for one start"
+        )
+
+
 def make(config: Config) -> Path:
     """Makes the folder; a new one is open to nobody else (0700). Raises `ConfigError` if it cannot be made."""
     folder = config.train.run_dir

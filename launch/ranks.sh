@@ -48,8 +48,8 @@ tell_ranks() {
   if [ ${#pids[@]} -gt 0 ]; then
     kill -s "$1" "${pids[@]}" || true # one may have ended
   else
-    echo "SIG$1 before there were ranks: ending" >&2
     kill -s TERM "$launcher" || true
+    echo "SIG$1 before there were ranks: ending" >&2 || true # the terminal may have gone
   fi
 }
 

@@ -264,6 +264,12 @@ def test_a_checkpoint_that_does_not_name_its_data_is_continued(ranks, finished, 
         manifest = json.loads(path.read_text())
         del manifest["data"]["fingerprint"]
         path.write_text(json.dumps(manifest))
+    elsewhere = json.loads(json.dumps(values))
+    elsewhere["data"]["path"] = str(shutil.copytree(values["data"]["path"], tmp_path / "elsewhere"))
+    assert (
+        "does not say what it was trained on; must be as it was until there is a newer one"
+        in ranks(1, go, elsewhere)[0]
+    )
     said = ranks(1, go, values)[0]
     assert "after step 12" in said
     assert "does not say whether it was made on this data" in said

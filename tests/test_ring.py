@@ -21,6 +21,7 @@ from foxdist.attention import (
     messages,
     naive_forgetting_attention,
     peer,
+    plan,
     ring,
 )
 from foxdist.attention.pages import page_bytes
@@ -144,6 +145,28 @@ def attend_first_without_training(rank, size, transport):
 def test_inference_before_training(ranks, transport):
     out = unshard(ranks(3, attend_first_without_training, transport), "contiguous")
     assert relative(out, expected(("mild", 1), Acp(log_eps=-7.0))[0]) < 1e-5
+
+
+def attend_in_few_stages(rank, size, layout):
+    """Stages of several distances, as `auto` makes them of more than these few pages."""
+    stages, found = plan.Plan.stages, []
+
+    def spied(*args):
+        found.append(stages(*args))
+        return found[-1]
+
+    with patch.object(plan, "STAGE_WORTH", 2e5), patch.object(plan.Plan, "stages", spied):
+        results, _ = attend(rank, size, ("open", 2, 2048), layout, "auto", Acp(logit_bound=4.0))
+    return results, found
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_stages_of_several_distances(ranks, layout):
+    answers = ranks(4, attend_in_few_stages, layout)
+    assert all(len(stages) == 2 and len(stages[0]) + len(stages[1]) == 3 for _, found in answers for stages in found)
+    for i, (name, reference) in enumerate(zip(NAMES, expected(("open", 2, 2048), Acp(logit_bound=4.0)))):
+        got = unshard([results[i] for results, _ in answers], layout)
+        assert relative(got, reference) < (1e-4 if name == "dlog_f" else 1e-5), name
 
 
 @pytest.mark.parametrize("layout, schedule", itertools.product(["zigzag", "contiguous"], ["gather", "ring"]))

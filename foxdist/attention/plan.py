@@ -91,20 +91,22 @@ class Plan:
         """The rounds of messages, each as the ring distances it covers: rank r sends to r + d and receives from r - d.
 
         `gather` has one round, `ring` one for each distance, nearest first; `auto` shares the distances out among as
-        many as `stage_count` says, of about equal pages. Rounds in which no rank has anything to send are left out.
-        kv_bytes: K and V of a page.
+        many as `stage_count` says, or as the room for two of them does (`GATHERED`). Rounds in which no rank has
+        anything to send are left out. kv_bytes: K and V of a page.
         """
         rank = np.arange(self.size)
-        distance = (rank - rank[:, None]) % self.size
-        pages = np.bincount(distance.ravel(), self.counts.ravel(), self.size).astype(np.int64)
-        busy = pages.nonzero()[0]
-        count = {"gather": 1, "ring": len(busy)}.get(schedule) or stage_count(self, kv_bytes)
-        if count >= len(busy):
+        borrowed = self.counts[(rank - rank[:, None]) % self.size, rank]  # [distance, P]
+        busy = borrowed.any(1).nonzero()[0]
+        if schedule == "ring":
             return tuple((d,) for d in busy.tolist())
-        pages = pages[busy]
-        middle = 2 * pages.cumsum() - pages  # of each distance's pages among all, doubled
-        stage = middle * count // (2 * pages.sum())
-        return tuple(tuple(busy[stage == i].tolist()) for i in np.unique(stage))
+        count, room = 1, len(busy)
+        if schedule == "auto":
+            count, room = stage_count(self, kv_bytes), max(2 * self.own, GATHERED // kv_bytes)
+        while True:
+            stages = _shared_out(borrowed, busy, min(count, len(busy)))
+            if schedule == "gather" or count >= len(busy) or _held(borrowed, stages) <= room:
+                return stages
+            count += 1
 
     def __str__(self) -> str:
         rows, heads = self.need.shape[:2]
@@ -163,16 +165,31 @@ def busy_distances(counts: np.ndarray, rank: int) -> int:
 
 
 def stage_count(plan: Plan, kv_bytes: int) -> int:
-    """In how many stages `auto` moves a plan, at least 1: as many as time asks for, and more where memory does.
+    """In how many stages `auto` moves a plan, at least 1, but where memory asks for more.
 
     What no tiles hide is mostly the first stage's way there, in forward and in backward, and the last gradients' way
     home in float32: 4 V / n w for V bytes borrowed in n stages over a link of w. A stage costs c besides. The sum is
     least for n = sqrt(4 V / w c). V is the most that any rank borrows, so all ranks say the same.
     """
     borrowed = int(plan.counts.sum(0).max()) * kv_bytes
-    room = max(2 * plan.own * kv_bytes, GATHERED)
-    for_memory = 1 if borrowed <= room else -(-UNDER_WAY * borrowed // room)
-    return max(1, round(math.sqrt(borrowed / STAGE_WORTH)), for_memory)
+    return max(1, round(math.sqrt(borrowed / STAGE_WORTH)))
+
+
+def _shared_out(borrowed: np.ndarray, busy: np.ndarray, count: int) -> tuple[tuple[int, ...], ...]:
+    """Distances `busy`, in turn, in `count` stages at most: of about equal pages of the rank that borrows most over
+    each. borrowed: [distance, P]."""
+    if not len(busy):
+        return ()
+    pages = borrowed[busy].max(1)
+    middle = 2 * pages.cumsum() - pages  # of each distance's pages among all, doubled
+    stage = middle * count // (2 * pages.sum()) if count < len(busy) else np.arange(count)
+    return tuple(tuple(busy[stage == i].tolist()) for i in np.unique(stage))
+
+
+def _held(borrowed: np.ndarray, stages: tuple[tuple[int, ...], ...]) -> int:
+    """The most pages of others that a rank holds at once: those of stages under way together."""
+    pages = np.stack([borrowed[list(stage)].sum(0) for stage in stages])
+    return max(int(pages[i : i + UNDER_WAY].sum(0).max()) for i in range(len(stages)))
 
 
 @lru_cache(maxsize=64)

@@ -70,10 +70,10 @@ def open_folder(path: Path) -> Prepared:
 
 
 def fingerprint(path: Path, prepared: Prepared) -> str:
-    """What identifies the data wherever it lies: a hash of its index, where the shards' own hashes stand, and of its
-    description, but for the names that inputs and tokenizer had where it was prepared."""
-    description = prepared.model_dump_json(exclude={"settings", "tokenizer"})
-    return hashlib.blake2b(description.encode() + (path / "index.json").read_bytes(), digest_size=8).hexdigest()
+    """What identifies the data wherever it lies: a hash of its index, where the shards' own hashes stand, and of what
+    its tokens mean."""
+    meaning = f"{prepared.sequence_length} {prepared.vocab} {prepared.end} "
+    return hashlib.blake2b(meaning.encode() + (path / "index.json").read_bytes(), digest_size=8).hexdigest()
 
 
 def check_shard(path: Path, name: str, hashes: dict[str, str]) -> None:
