@@ -27,8 +27,8 @@ CONTIGUOUS_BELOW = 1024
 A rank's work grows with T^2 / P and its bytes with T K / H, so their ratio hangs on T / P x H / K, and on neither the
 number of heads nor D. Forecasts by `python -m foxdist.bench context-parallel` with 16x64, 16/4x64, 8x128 and 24x64,
 16k to 1M tokens, 2 to 128 ranks, --ranks-per-host 8, 4 and 1. Over several hosts with `acp` gates contiguous is faster
-in 73 of 87 cases up to this many, by 1.36 at most, and slower by 1.04 at worst; with twice as many in 24 of 51, and
-slower by 1.10 at worst; beyond in 40 of 298, and slower by 1.9. With nothing pruned zigzag is faster in 474 of 482, by
+in 73 of 87 cases up to this many, by 1.36 at most, and slower by 1.04 at worst; with twice as many in 27 of 51, and
+slower by 1.10 at worst; beyond in 42 of 298, and slower by 1.8. With nothing pruned zigzag is faster in 435 of 436, by
 up to 2.0. On one host contiguous is faster in 3 of 140 cases with `acp` gates, by 1.08 at most, and in none with
 nothing pruned.
 """
