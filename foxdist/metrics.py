@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from foxdist.attention.stats import Counts, Traffic
+from foxdist.attention.symmetric import bytes_held
 from foxdist.config import Config
 from foxdist.layout import BLOCK
 from foxdist.mesh import Mesh
@@ -150,9 +151,9 @@ def _compute(config: Config, mesh: Mesh, rate: float, share: float) -> dict[str,
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """The largest of all ranks."""
+    """The largest of all ranks, with what they share."""
     if device.type == "cuda":
-        name, used = "memory/peak_allocated(GiB)", torch.cuda.max_memory_allocated(device)
+        name, used = "memory/peak_allocated(GiB)", torch.cuda.max_memory_allocated(device) + bytes_held()
     else:
         name, used = "memory/peak_resident(GiB)", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.tensor(float(used), dtype=torch.float64, device=device)

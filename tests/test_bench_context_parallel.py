@@ -26,6 +26,7 @@ from foxdist.bench import context_parallel, layouts, measure, spread
 from foxdist.bench import gates as gate_kinds
 from foxdist.bench.layouts import Point
 from foxdist.bench.measure import Shape
+from foxdist.bench.processes import OutOfMemory
 from foxdist.layout import BLOCK, blocks_of
 
 PAGE = 2 * BLOCK * 16 * 4 + BLOCK * 4  # bytes of K, V and gate sums of a block of one head of 16, float32
@@ -282,7 +283,7 @@ def test_under_a_launcher_the_first_rank_reports(ranks, tmp_path):
 
 
 def wrong(rank, size, what):
-    """Checks and rows of attention that is wrong on the last rank only, or of another count of what it should send."""
+    """The check of attention that is wrong on the last rank only; check and row with another count of what it sends."""
     real = spread.forgetting_attention, spread.needed_pages, measure.CHECKED
     measure.CHECKED = (512, 389)
     if what == "attention" and rank == size - 1:
@@ -290,28 +291,92 @@ def wrong(rank, size, what):
     if what == "bytes":
         spread.needed_pages = lambda *a: real[1](*a).T  # as many, from the other end
     try:
-        shape, gates, cpu = Shape(2, 2, 16), gate_kinds.find("mixed"), torch.device("cpu")
-        chosen = options("--layouts", "contiguous", "--schedules", "ring")
-        return spread._measure(dist.group.WORLD, [Point("strong", 512, size)], shape, gates, cpu, chosen)
+        way = spread.Way(Shape(2, 2, 16), size, "contiguous", "ring", "auto")
+        chosen = options("--gates", "mixed")
+        points = [None] if what == "attention" else [None, Point("strong", 512, size)]
+        return [spread.measure_here(spread.Job(way, point, chosen)) for point in points]
     finally:
         spread.forgetting_attention, spread.needed_pages, measure.CHECKED = real
 
 
 def test_what_is_wrong_gets_no_time(ranks, capsys):
-    for checks, rows in ranks(2, wrong, "attention"):
-        assert rows == []
-        assert checks[0]["failed"].startswith("out is wrong: ")
-        assert 1e-3 < checks[0]["errors"]["out"] < 1e-2
-    assert context_parallel.report_failures({"checks": checks, "rows": rows}) == 1
+    for (check,) in ranks(2, wrong, "attention"):
+        assert check["failed"].startswith("out is wrong: ")
+        assert 1e-3 < check["errors"]["out"] < 1e-2
+    way = spread.Way(Shape(2, 2, 16), 2, "contiguous", "ring", "auto")
+
+    def call(fn, job):
+        assert job.point is None, "what is wrong is not timed"
+        return check
+
+    call.first = True
+    found = list(context_parallel.measured([Point("strong", 512, 2)], [way.shape], only(way), call))
+    assert [kind for kind, _ in found] == ["checks"]
+    assert context_parallel.report_failures({"checks": [found[0][1]], "rows": []}) == 1
     assert "2x16 on 2 ranks, contiguous, ring, auto, 512 tokens: out is wrong" in capsys.readouterr().err
 
 
+def only(way):
+    """Options that ask for one way."""
+    words = ["--layouts", way.layout, "--schedules", way.schedule, "--transports", way.transport]
+    return options("--gates", "mixed", *words)
+
+
+def test_a_row_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
+    """Of three lengths on two ranks the second runs out of memory: the third is measured, the table says so."""
+    way = spread.Way(Shape(2, 2, 16), 2, "contiguous", "ring", "nccl")
+
+    class Stub:
+        first = True
+
+        def __init__(self, ranks):
+            assert ranks == 2
+
+        def __call__(self, fn, argument):
+            if fn is spread.look:
+                return {"device": "D", "one_host": {2: True}}
+            if argument.point is None:
+                return {"errors": dict.fromkeys(measure.NAMES, 0.0)}
+            if argument.point.tokens == 1024:
+                raise OutOfMemory("rank 1: Traceback\ntorch.OutOfMemoryError: no | room")
+            return FINE
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(context_parallel, "Processes", Stub)
+    words = ["--shapes", "2x16", "--lengths", "512", "1024", "2048", "--ranks", "2", "--gates", "mixed"]
+    words += ["--layouts", way.layout, "--schedules", way.schedule, "--transports", way.transport]
+    assert bench.main(["context-parallel", "--device", "cpu", *words, "--output", str(tmp_path)]) == 1
+    rows = result_of(tmp_path)["rows"]
+    assert [row["failed"] for row in rows] == [None, "torch.OutOfMemoryError: no | room", None]
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| 2x16 |")]
+    measured = [line for line in lines if "| contiguous | ring | nccl |" in line][:3]
+    assert ["no / room" in line for line in measured] == [False, True, False]
+    assert len({line.count("|") for line in measured}) == 1
+    assert "1,024 tokens: torch.OutOfMemoryError" in capsys.readouterr().err
+
+
+FINE = {
+    "tiles": 10,
+    "tiles_kept(%)": 30.0,
+    "balance": 1.0,
+    "kv_sent(MiB)": 1.0,
+    "kv_sent_most(MiB)": 1.0,
+    "kv_needed(MiB)": 1.0,
+    "kv_dense(MiB)": 2.0,
+    "busiest_pair(MiB)": 1.0,
+    "exposed(ms)": 0.5,
+    "peak_memory(MiB)": None,
+} | {f"{name}{which}(ms)": 5.0 for name in ("forward", "forward+backward") for which in ("", "_least", "_greatest")}
+
+
 def test_bytes_that_brute_force_does_not_find_are_named(ranks):
-    for checks, rows in ranks(2, wrong, "bytes"):
-        assert checks[0]["failed"] is None
-        assert rows[0]["ranks_off"] == 2
-        assert "should send" in rows[0]["failed"]
-    assert context_parallel.report_failures({"checks": checks, "rows": rows}) == 1
+    for check, row in ranks(2, wrong, "bytes"):
+        assert check["failed"] is None
+        assert row["ranks_off"] == 2
+        assert "should send" in row["failed"]
+    assert context_parallel.report_failures({"checks": [check], "rows": [row]}) == 1
 
 
 def at_different_speeds(rank, size):

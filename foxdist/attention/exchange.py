@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from foxdist.attention import messages, peer
 from foxdist.attention.pages import BlockTable, Pages
 from foxdist.attention.peer import check_reachable
 from foxdist.attention.symmetric import reachable
@@ -61,3 +62,10 @@ def _resolved(cp: ContextParallel, device: torch.device) -> ContextParallel:
     else:
         log.info("parallel.transport=auto: peer, as its ranks can read each other's memory")
     return replace(cp, transport="nccl" if why else "peer")
+
+
+def let_go() -> None:
+    """Frees the memory that exchanges keep from one call to the next. Every rank calls, when all of them have come to
+    a point where no device has anything to do."""
+    messages.let_go()
+    peer.let_go()

@@ -164,6 +164,11 @@ class MessageExchange:
         return known[: count * words].view(count, words)
 
 
+def let_go() -> None:
+    """Of the memory of all messages, of which none may be under way."""
+    _buffers.clear()
+
+
 def _pages(words: torch.Tensor, like: Pages, dtype: torch.dtype) -> Pages:
     """The pool of one-block rows whose bits `words` [M, W] holds: views of it, K and V in `dtype`."""
     dim, group = like.k.shape[3], like.group

@@ -168,6 +168,11 @@ def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
         return _Memory(cp, shape)
 
 
+def let_go() -> None:
+    """Of all shapes' memory, which nobody may read any more."""
+    _memory.cache_clear()
+
+
 def check_reachable(cp: ContextParallel, device: torch.device) -> None:
     """Raises `ValueError`, on every rank, if ranks cannot read each other's memory. Every rank of the group calls."""
     why = reachable(cp.group, device)

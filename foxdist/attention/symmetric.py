@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ class Symmetric:
     """`size` bytes on every rank of `group`, all of which must make it together. `parts[r]` is rank r's, as bytes."""
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device):
-        self._group, self._handle = group, None
+        self._group, self._handle, self.size = group, None, size
+        _held.add(self)
         self._ranks = tuple(dist.get_process_group_ranks(group))
         if device.type == "cuda":
             import torch.distributed._symmetric_memory as symmetric_memory
@@ -42,6 +44,14 @@ class Symmetric:
                 self._handle.barrier(channel=0)
             else:
                 dist.barrier(self._group)
+
+
+_held: WeakSet[Symmetric] = WeakSet()
+
+
+def bytes_held() -> int:
+    """What this rank's own parts take together: torch's counts of its GPU memory leave them out."""
+    return sum(memory.size for memory in _held)
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from foxdist import mesh as meshes
 from foxdist.attention.backends import choose_backend
+from foxdist.attention.exchange import let_go
 from foxdist.before_start import check_machine
 from foxdist.bench.gates import REGIMES
 from foxdist.bench.measure import slowest
@@ -72,6 +73,9 @@ def measure(cell: Cell) -> dict[str, Any]:
     mesh = _mesh(cell.config)
     result = _measure(cell, mesh)
     torch.compiler.reset()  # the next model's blocks are other objects of the same code
+    _wait(mesh.device)
+    dist.barrier()
+    let_go()
     gc.collect()
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()

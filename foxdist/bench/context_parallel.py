@@ -7,6 +7,7 @@ also measured: on the ranks of a launcher, or on as many processes as the larges
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from foxdist.bench import gates as gate_kinds
 from foxdist.bench import layouts, spread, spread_report
 from foxdist.bench.attention import check_gates, read_shapes
 from foxdist.bench.layouts import Point, Row
-from foxdist.bench.measure import DTYPES, Shape
+from foxdist.bench.measure import DTYPES, SECONDS, Shape
+from foxdist.bench.processes import Launched, Processes, RankError
 from foxdist.bench.report import save
 from foxdist.layout import BLOCK, LAYOUTS, chunk_count
 from foxdist.options import positive
@@ -49,6 +51,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--schedules", nargs="+", choices=SCHEDULES, default=["gather", "ring"], help="to measure")
     add("--transports", nargs="+", choices=TRANSPORTS, default=["auto"], help="to measure; default: auto")
     add("--repeats", type=positive, metavar="N", help="sets of fresh inputs; default: 5 on a GPU, 3 on a CPU")
+    add(
+        "--seconds",
+        type=layouts.rate,
+        default=SECONDS,
+        metavar="S",
+        help="of timed calls for each set of inputs on a GPU, at least three; default: %(default)s",
+    )
     add("--backend", choices=BACKENDS, default="auto", help="of attention; default: %(default)s")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -70,27 +79,84 @@ def run(chosen: argparse.Namespace) -> int:
     check_ranks(chosen, shapes)
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
-    found = spread.run_on_ranks(measured, shapes, chosen) if measured else {"checks": [], "rows": []}
-    if found is None:  # another rank of the launcher goes on
-        return 0
-    result = {
-        "setup": setup_of(gates.name, chosen, found),
+    result: dict[str, Any] = {
+        "setup": setup_of(gates.name, chosen),
         "machine": {str(shape): vars(layouts.machine(shape.dim, chosen)) for shape in shapes},
         "left_out": [point._asdict() for point in planned if not point.fits],
         "plan": [row for shape in shapes for row in plan(shape, planned, chosen)],
-        "checks": found["checks"],
-        "rows": speed_ups(found["rows"]),
+        "checks": [],
+        "rows": [],
+        "verdicts": [],
     }
     planned_on = {point.ranks: point.ranks <= chosen.ranks_per_host for point in planned}
     result["forecast_verdicts"] = layouts.verdicts(result["plan"], shapes, planned_on)
-    measured_on = {int(ranks): one for ranks, one in found.get("one_host", {}).items()}
-    spread_rows = [row for row in result["rows"] if row["ranks"] > 1]
-    result["verdicts"] = layouts.verdicts(spread_rows, shapes, measured_on)
+    if measured and not measure_into(result, measured, shapes, chosen):
+        return 0  # another rank of the launcher goes on
     if chosen.output:
         save(chosen.output, "context_parallel", spread_report.markdown(result), result)
         spread_report.draw(result, chosen.output / "context_parallel.png")
     print(spread_report.markdown(result))
     return report_failures(result)
+
+
+def measure_into(result: dict[str, Any], points: list[Point], shapes: list[Shape], chosen: argparse.Namespace) -> bool:
+    """Adds to `result` what is measured, and writes it after every row: hours may end early. Whether this process
+    speaks for all ranks."""
+    launched = meshes.world_from_environment() > 1
+    call = Launched() if launched else Processes(max(chosen.ranks))
+    try:
+        machine = call(spread.look, chosen)
+        result["setup"]["device"] = machine["device"]
+        for kind, row in measured(points, shapes, chosen, call):
+            if not call.first:
+                continue
+            result[kind].append(row)
+            result["rows"] = speed_ups(result["rows"])
+            fine = [x for x in result["rows"] if x["ranks"] > 1 and spread_report.timed(x)]
+            result["verdicts"] = layouts.verdicts(fine, shapes, machine["one_host"])
+            if chosen.output:
+                save(chosen.output, "context_parallel", spread_report.markdown(result), result)
+    finally:
+        call.stop()
+    return call.first
+
+
+def measured(
+    points: list[Point], shapes: list[Shape], chosen: argparse.Namespace, call: Processes | Launched
+) -> Iterator[tuple[str, Row]]:
+    """Checks and rows, each with the name of its list, as soon as it is there. A row that fails is one that says so."""
+    for way in spread.ways(shapes, sorted({point.ranks for point in points}), chosen):
+        check = way.row() | {"tokens": spread.check_length(way.ranks), "errors": {}}
+        check = _called(check, spread.Job(way, None, chosen), call)
+        yield "checks", check
+        for point in points if check["failed"] is None else []:
+            if point.ranks == way.ranks:
+                row = _called(way.row() | point._asdict(), spread.Job(way, point, chosen), call)
+                if call.first:
+                    _say(row)
+                yield "rows", row
+
+
+def _called(about: Row, job: spread.Job, call: Processes | Launched) -> Row:
+    try:
+        return about | {"failed": None} | call(spread.measure_here, job)
+    except RankError as error:
+        if isinstance(call, Launched):  # whose other ranks wait for this one
+            raise
+        print(error, file=sys.stderr, flush=True)
+        return about | {"failed": str(error).strip().splitlines()[-1][:200]}
+
+
+def _say(row: Row) -> None:
+    """A row as soon as it is there, for a run that takes long."""
+    way = [row[name] for name in ("layout", "schedule", "transport") if row[name]]
+    where = ", ".join((f"{row['ranks']} ranks", *way, row["shape"], f"{row['tokens']:,} tokens"))
+    if spread_report.timed(row):
+        print(
+            f"{where}: {row['forward(ms)']:.3g} and {row['forward+backward(ms)']:.3g} ms", file=sys.stderr, flush=True
+        )
+    else:
+        print(f"{where}: {row['failed']}", file=sys.stderr, flush=True)
 
 
 def points_of(chosen: argparse.Namespace, ranks: list[int]) -> list[Point]:
@@ -144,13 +210,13 @@ def plan(shape: Shape, points: list[Point], chosen: argparse.Namespace) -> list[
     return layouts.plan(gate_kinds.find(chosen.gates), shape, [point for point in points if point.fits], chosen)
 
 
-def setup_of(gates: str, chosen: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+def setup_of(gates: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """What all rows have in common."""
     return {
         "gates": gates,
         "bound": None if chosen.no_acp else chosen.bound,
         "dtype": chosen.dtype,
-        "device": found.get("device"),
+        "device": None,
         "ranks_per_host": chosen.ranks_per_host,
         "repeats": chosen.repeats,
         "backend": chosen.backend,
@@ -169,14 +235,16 @@ def speed_ups(rows: list[Row]) -> list[Row]:
     for row in rows:
         one = next((other for other in rows if _is_base(other, row)), None)
         for name in ("forward", "forward+backward"):
-            key = f"{name}(ms)"
-            row[f"{name}_speed_up"] = one and row["tiles"] / row[key] / (one["tiles"] / one[key])
+            key, speed_up = f"{name}(ms)", None
+            if one and spread_report.timed(row):
+                speed_up = row["tiles"] / row[key] / (one["tiles"] / one[key])
+            row[f"{name}_speed_up"] = speed_up
     return rows
 
 
 def _is_base(one: Row, row: Row) -> bool:
     same = one["shape"] == row["shape"] and one["series"] == row["series"] and one["ranks"] == 1
-    return same and one["tokens"] == spread_report.base(row)
+    return same and one["tokens"] == spread_report.base(row) and spread_report.timed(one)
 
 
 def report_failures(result: dict[str, Any]) -> int:

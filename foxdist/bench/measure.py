@@ -202,12 +202,16 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
-    """Of one call on a CPU; of several on a GPU, by events, after one that warms up, with nothing of use in L2.
+def milliseconds(
+    call: Callable[[], Any], device: torch.device, group: dist.ProcessGroup | None = None, seconds: float = SECONDS
+) -> list[float]:
+    """Of one call on a CPU; on a GPU of 3 to 50, as many as `seconds` have room for, by events, after one that warms up
+    and one that is timed to know how many, with nothing of use in L2.
 
     group: ranks that must all do so. They begin every call together, and its time is that of the slowest.
     """
-    return slowest(list((_gpu_times if device.type == "cuda" else _cpu_times)(call, group)), device, group)
+    times = _gpu_times(call, group, seconds) if device.type == "cuda" else _cpu_times(call, group)
+    return slowest(list(times), device, group)
 
 
 def slowest(times: list[float], device: torch.device, group: dist.ProcessGroup | None) -> list[float]:
@@ -227,7 +231,7 @@ def _cpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None) -> Iter
     yield 1000 * (time.perf_counter() - begun)
 
 
-def _gpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None) -> Iterator[float]:
+def _gpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float) -> Iterator[float]:
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
 
     def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -244,7 +248,7 @@ def _gpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None) -> Iter
     begun, ended = timed()
     torch.cuda.synchronize()
     once = slowest([begun.elapsed_time(ended)], torch.device("cuda"), group)[0]  # all ranks must call as often
-    pairs = [timed() for _ in range(max(3, min(50, int(1000 * SECONDS / max(once, 1e-3)))))]
+    pairs = [timed() for _ in range(max(3, min(50, int(1000 * seconds / max(once, 1e-3)))))]
     torch.cuda.synchronize()
     for begun, ended in pairs:
         yield begun.elapsed_time(ended)

@@ -1,17 +1,17 @@
 """Attention over ranks, measured: its errors against the definition, then time, traffic, balance and memory.
 
-Every rank makes the same inputs and holds its part of them. A row needs nothing but its own calls: the errors of its
-shape, ranks, layout and schedule were found before, and what is wrong gets no time.
+Every rank makes the same inputs and holds its part of them. Errors of a way to spread attention and each of its points
+are calls of the ranks by themselves, so that one that fails costs no other; what is wrong gets no time.
 """
 
 import argparse
 import itertools
 import statistics
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -20,92 +20,107 @@ import torch.distributed as dist
 
 from foxdist import mesh as meshes
 from foxdist.attention import Acp, AttentionStats, ContextParallel, copies, forgetting_attention, resolve
-from foxdist.attention.symmetric import Symmetric
+from foxdist.attention.exchange import let_go
+from foxdist.attention.plan import Schedule
+from foxdist.attention.symmetric import Symmetric, bytes_held
+from foxdist.attention.transport import Transport
 from foxdist.bench import gates as gate_kinds
 from foxdist.bench import measure
 from foxdist.bench.gates import Gates
 from foxdist.bench.implementations import Implementation, direct
 from foxdist.bench.layouts import MIB, Point, Row
 from foxdist.bench.measure import DTYPES, NAMES, Case, Checker, Inputs, Shape
-from foxdist.bench.processes import Processes
-from foxdist.layout import BLOCK, blocks_of, chunk_count, shard
+from foxdist.layout import BLOCK, Layout, blocks_of, chunk_count, shard
 
 TIMEOUT = 60.0  # minutes: ranks wait for those that are measured without them
 
 
-def run_on_ranks(points: list[Point], shapes: list[Shape], chosen: argparse.Namespace) -> dict[str, Any] | None:
-    """Checks and rows, measured on the ranks that a launcher started, or else on as many processes of this host as the
-    largest point asks for. None on all ranks of a launcher but its first."""
-    if meshes.world_from_environment() > 1:
-        return measure_here(points, shapes, chosen)
-    call = Processes(max(point.ranks for point in points))
-    try:
-        return call(_measure_all, (points, shapes, chosen))
-    finally:
-        call.stop()
+class Way(NamedTuple):
+    """How attention is spread over ranks; one rank, which exchanges nothing, has none of this."""
+
+    shape: Shape
+    ranks: int
+    layout: Layout | None
+    schedule: Schedule | None
+    transport: Transport | None
+
+    def row(self) -> Row:
+        """What tables begin with."""
+        return self._asdict() | {"shape": str(self.shape)}
 
 
-def _measure_all(options: tuple[list[Point], list[Shape], argparse.Namespace]) -> dict[str, Any] | None:
-    return measure_here(*options)
+class Job(NamedTuple):
+    """What all ranks are called for."""
+
+    way: Way
+    point: Point | None
+    """To be timed; None: errors are measured."""
+    chosen: argparse.Namespace
 
 
-def measure_here(points: list[Point], shapes: list[Shape], chosen: argparse.Namespace) -> dict[str, Any] | None:
-    """All points, each on the first of this job's ranks; the others wait. Every rank calls. None but on the first."""
-    mesh = meshes.start(meshes.world_from_environment(), TIMEOUT, gpu=chosen.device == "cuda")
-    gates, names = gate_kinds.find(chosen.gates), meshes.hosts()
-    sizes = sorted({point.ranks for point in points})
+def ways(shapes: list[Shape], sizes: list[int], chosen: argparse.Namespace) -> Iterator[Way]:
+    """Each layout, schedule and transport of each shape and number of ranks."""
+    for size, shape in itertools.product(sizes, shapes):
+        if size == 1:
+            yield Way(shape, 1, None, None, None)
+            continue
+        for layout, schedule, transport in itertools.product(chosen.layouts, chosen.schedules, chosen.transports):
+            yield Way(shape, size, layout, schedule, transport)
+
+
+def look(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The device, and which numbers of ranks share a host. Every rank calls."""
+    _mesh(chosen.device)
+    names = meshes.hosts()
     device = torch.cuda.get_device_name() if chosen.device == "cuda" else "CPU"
-    found: dict[str, Any] = {"device": device, "checks": [], "rows": []}
-    found["one_host"] = {str(size): len(set(names[:size])) == 1 for size in sizes}
-    for size in sizes:
-        group = dist.new_group(range(size))
-        if mesh.rank < size:
-            here = [point for point in points if point.ranks == size]
-            for shape in shapes:
-                checks, rows = _measure(group, here, shape, gates, mesh.device, chosen)
-                found["checks"] += checks
-                found["rows"] += rows
-        dist.barrier()
-    meshes.stop()
-    return found if mesh.rank == 0 else None
+    return {"device": device, "one_host": {size: len(set(names[:size])) == 1 for size in chosen.ranks}}
 
 
-def _measure(
-    group: dist.ProcessGroup,
-    points: list[Point],
-    shape: Shape,
-    gates: Gates,
-    device: torch.device,
-    chosen: argparse.Namespace,
-) -> tuple[list[Row], list[Row]]:
-    """Checks and rows of one shape on the ranks of a group."""
-    checks: list[Row] = []
-    rows: list[Row] = []
-    size = dist.get_world_size(group)
-    length = check_length(size)
-    case = Case(shape, length, DTYPES[chosen.dtype], device)
-    checker = Checker(case, gate_kinds.find("mixed"))
-    for cp in ways(group, chosen):
-        errors = _errors(cp, checker, chosen)
-        check = {"shape": str(shape), "tokens": length, **_way(cp), "errors": errors}
-        check["failed"] = _wrong(errors, case.dtype)
-        checks.append(check)
-        for point in points if check["failed"] is None else []:
-            row = {"shape": str(shape), **point._asdict(), **_way(cp)}
-            row |= _row(cp, case._replace(length=point.tokens), gates, chosen)
-            rows.append(row)
-            _say(row)
-    return checks, rows
+def measure_here(job: Job) -> Row:
+    """A check or a row, measured on the first of this job's ranks. Every rank calls, and those that only wait for the
+    others get an empty one."""
+    mesh = _mesh(job.chosen.device)
+    group = _group(job.way.ranks)
+    found = _measure(group, mesh.device, job) if mesh.rank < job.way.ranks else {}
+    on_gpu = mesh.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    dist.barrier()
+    let_go()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return found
 
 
-def ways(group: dist.ProcessGroup, chosen: argparse.Namespace) -> Iterator[ContextParallel]:
-    """Each layout, schedule and transport; of one rank, which exchanges nothing, there is one way."""
-    options: list[list[Any]] = [chosen.layouts, chosen.schedules, chosen.transports]
-    if dist.get_world_size(group) == 1:
-        yield ContextParallel(group, *(some[0] for some in options[:2]))
-        return
-    for layout, schedule, transport in itertools.product(*options):
-        yield resolve(ContextParallel(group, layout, schedule, transport=transport), torch.device(chosen.device))
+@lru_cache
+def _mesh(device: str) -> meshes.Mesh:
+    return meshes.start(meshes.world_from_environment(), TIMEOUT, gpu=device == "cuda")
+
+
+@lru_cache
+def _group(size: int) -> dist.ProcessGroup:
+    return dist.new_group(range(size))
+
+
+def _measure(group: dist.ProcessGroup, device: torch.device, job: Job) -> Row:
+    way, point, chosen = job
+    cp = ContextParallel(group)
+    about = way.row()
+    if way.layout and way.schedule and way.transport:
+        cp = resolve(ContextParallel(group, way.layout, way.schedule, transport=way.transport), device)
+        about["transport"] = cp.transport
+    length = check_length(way.ranks) if point is None else point.tokens
+    case = Case(way.shape, length, DTYPES[chosen.dtype], device)
+    if point:
+        return about | point._asdict() | _row(cp, case, gate_kinds.find(chosen.gates), chosen)
+    errors = _errors(cp, _checker(case), chosen)
+    return about | {"tokens": length, "errors": errors, "failed": _wrong(errors, case.dtype)}
+
+
+@lru_cache(maxsize=1)
+def _checker(case: Case) -> Checker:
+    """Its definition in float64 serves all ways of a shape."""
+    return Checker(case, gate_kinds.find("mixed"))
 
 
 def check_length(size: int) -> int:
@@ -173,13 +188,16 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
         if seed < gates.layers:
             counts.append(_counts(cp, mine, chosen))
         ready = measure.bind(implementation, mine)
-        if seed == 0:
-            ready.both()  # compiles
+        if seed == 0:  # with what stays for the next call, and what ranks share
             memory = _most(measure.peak_memory(ready.both, case.device), case.device, cp)
-        forward[seed % gates.layers] += measure.milliseconds(ready.forward, case.device, cp.group)
-        both[seed % gates.layers] += measure.milliseconds(ready.both, case.device, cp.group)
+
+        def timed(call: Callable[[], Any]) -> list[float]:
+            return measure.milliseconds(call, case.device, cp.group, chosen.seconds)
+
+        forward[seed % gates.layers] += timed(ready.forward)
+        both[seed % gates.layers] += timed(ready.both)
         with without_pages():
-            silent[seed % gates.layers] += measure.milliseconds(ready.both, case.device, cp.group)
+            silent[seed % gates.layers] += timed(ready.both)
     row: Row = {key: statistics.mean(each[key] for each in counts) for key in counts[0]}
     alone = statistics.mean(map(statistics.median, silent))
     for name, samples in (("forward", forward), ("forward+backward", both)):
@@ -208,8 +226,8 @@ def without_pages() -> Iterator[None]:
 
 
 def _most(memory: float | None, device: torch.device, cp: ContextParallel) -> float | None:
-    """Of all ranks."""
-    return None if memory is None else measure.slowest([memory], device, cp.group)[0]
+    """Of all ranks, with what they share."""
+    return None if memory is None else measure.slowest([memory + bytes_held() / MIB], device, cp.group)[0]
 
 
 def _counts(cp: ContextParallel, mine: Inputs, chosen: argparse.Namespace) -> Row:
@@ -259,18 +277,3 @@ def needed_pages(start: np.ndarray, kv_heads: int, size: int, layout: str) -> np
         kept[mine] = 0
         np.add.at(pages[:, rank], owner, kept)
     return pages
-
-
-def _way(cp: ContextParallel) -> Row:
-    """One rank has no layout."""
-    names = ("layout", "schedule", "transport")
-    return {"ranks": cp.size} | {name: getattr(cp, name) if cp.size > 1 else None for name in names}
-
-
-def _say(row: Row) -> None:
-    """A row as soon as it is there, for a run that takes long."""
-    if dist.get_rank() == 0:
-        way = [row[name] for name in ("layout", "schedule", "transport") if row[name]]
-        where = (f"{row['ranks']} ranks", *way, row["shape"])
-        times = f"{row['forward(ms)']:.3g} and {row['forward+backward(ms)']:.3g} ms"
-        print(f"{', '.join(where)}, {row['tokens']:,} tokens: {times}", file=sys.stderr)

@@ -35,7 +35,7 @@ COLUMNS = (
     "transport",
     "forward, ms (range)",
     "forward + backward, ms (range)",
-    "exposed, ms",
+    "exposed, ms (of both)",
     "speed-up, forward / both",
     "tiles kept",
     "most over mean",
@@ -146,12 +146,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         value = row[f"{name}_speed_up"]
         return "-" if value is None else f"{value:.2f}"
 
-    memory = row["peak_memory(MiB)"]
+    if not timed(row):
+        return (*_head(row), row["failed"].replace("|", "/"), *["-"] * (len(COLUMNS) - len(_head(row)) - 1))
+    memory, exposed = row["peak_memory(MiB)"], row["exposed(ms)"]
     return (
         *_head(row),
         time("forward"),
         time("forward+backward"),
-        "-" if row["exposed(ms)"] is None else f"{row['exposed(ms)']:.3g}",
+        "-" if exposed is None else f"{exposed:.3g} ({100 * exposed / row['forward+backward(ms)']:.1f} %)",
         " / ".join(map(faster, ("forward", "forward+backward"))),
         f"{row['tiles_kept(%)']:.1f} %",
         f"{row['balance']:.2f}",
@@ -164,7 +166,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _check(x: Row) -> tuple[str, ...]:
-    return (*_head(x), *(f"{x['errors'][name]:.1e}" for name in NAMES), x["failed"] or "passed")
+    errors = (f"{x['errors'][name]:.1e}" if name in x["errors"] else "-" for name in NAMES)
+    return (*_head(x), *errors, (x["failed"] or "passed").replace("|", "/"))
 
 
 def _head(row: Row) -> tuple[str, ...]:
@@ -247,6 +250,11 @@ def _lines(axes: Any, rows: list[Row], value: Callable[[Row], float | None]) -> 
             )
 
 
+def timed(row: Row) -> bool:
+    """Whether it was measured, right or wrong."""
+    return "forward+backward(ms)" in row
+
+
 def base(row: Row) -> int:
     """The tokens of the row of one rank in the same series."""
     return row["tokens"] // row["ranks"] if row["series"] == "weak" else row["tokens"]
@@ -255,7 +263,7 @@ def base(row: Row) -> int:
 def _fastest(rows: list[Row]) -> list[Row]:
     """Of the schedules of a point and layout."""
     best: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
+    for row in filter(timed, rows):
         key = (*_key(row), row["layout"])
         if key not in best or row["forward+backward(ms)"] < best[key]["forward+backward(ms)"]:
             best[key] = row
