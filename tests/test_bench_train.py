@@ -94,15 +94,28 @@ def test_ranks_of_a_sequence_get_the_same_tokens(ranks, model):
     assert not torch.equal(first, third)
 
 
-def tokens(rank, size, path, cp):
-    config = configuration.load(path, [f"parallel.cp={cp}", f"train.tokens_per_step={512 * size // cp}"])
+def test_every_mesh_gets_the_same_tokens(ranks, model):
+    """Two steps of four sequences: on one rank, on two groups of two that share, on four with one each."""
+    alone, shared, each = (ranks(size, tokens, model, cp, 4, 2)[::cp] for size, cp in ((1, 1), (4, 2), (4, 1)))
+    assert len({tuple(row.tolist()) for row in torch.cat(alone[0])}) == 8, "no sequence twice"
+    for step, expected in enumerate(alone[0]):
+        for found in (shared, each):
+            assert torch.equal(torch.cat([rank[step] for rank in found]), expected)
+
+
+def tokens(rank, size, path, cp, sequences=None, steps=1):
+    """Of each of so many steps, as this rank gets them."""
+    total = sequences or size // cp
+    config = configuration.load(path, [f"parallel.cp={cp}", f"train.tokens_per_step={512 * total}"])
     mesh = cells._mesh(config)
-    trainer = cells.Trainer(config, mesh, 1, None, None, None, None)
-    (batch,) = cells.random_batches(trainer, 1)
-    assert batch.starts.sum() == 1
-    assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
-    assert batch.targets() == 512
-    return batch.tokens
+    trainer = cells.Trainer(config, mesh, total * cp // size, None, None, None, None)
+    batches = list(cells.random_batches(trainer, steps))
+    for batch in batches:
+        assert batch.starts.sum() == len(batch.tokens)
+        assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
+        assert batch.targets() == 512 * len(batch.tokens)
+    found = [batch.tokens for batch in batches]
+    return found if sequences else found[0]
 
 
 # ---- the command
@@ -142,7 +155,7 @@ def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypa
 
         def __call__(self, fn, argument):
             if fn is cells.look:
-                return {"device": "D", "attention": "A"}
+                return {"device": "D", "attention": "A", "memory(GiB)": None}
             answer = answers.pop(0)
             if isinstance(answer, Exception):
                 raise answer
@@ -171,6 +184,7 @@ FINE = {
     "perf/executed(%)": 80.0,
     "memory/peak_allocated(GiB)": 5.0,
     "comm/kv_sent(MiB)": 0.0,
+    "loss": 5.0,
 }
 
 
@@ -191,6 +205,30 @@ def test_the_longest(fits):
     else:
         assert row["tokens"] <= fits * 10 < row["does_not_fit"]
         assert row["does_not_fit"] - row["tokens"] <= 10 * max(1, fits // 8)
+
+
+@pytest.mark.parametrize("fits", [0, 1, 2, 5, 11, 100, 405])
+@pytest.mark.parametrize("waste", [0.02, 0.3])
+def test_the_longest_is_looked_for_where_memory_ends(fits, waste):
+    """80 GiB, of which so much is lost to what is not counted: three or four lengths where doubling needs six to eight,
+    and where more is lost than is allowed for, the gap is halved as ever."""
+    tried = []
+    at_first, each = 10.0, (80 * (1 - waste) - 10) / (fits + 0.5)
+
+    def measured(length):
+        tried.append(length)
+        peak = {"memory/peak_allocated(GiB)": at_first + each * length / 10}
+        return {"tokens": length, "failed": None if length <= fits * 10 else train_report.OUT_OF_MEMORY} | peak
+
+    row = train.longest(measured, 10, 4000, 80.0)
+    assert len(tried) == len(set(tried)) <= (4 if waste < 0.05 else 8)
+    if fits == 0:
+        assert row["failed"] == "out of memory"
+        return
+    most = min(fits * 10, 4000)
+    assert row["tokens"] <= most
+    assert most - row["tokens"] <= 10 * max(1, fits // 8)
+    assert (row["does_not_fit"] or 4010) > most
 
 
 def test_the_search_ends_at_another_failure():

@@ -47,8 +47,9 @@ class Cell(NamedTuple):
     """Where a Chrome trace of one more step goes."""
 
 
-def look(cells: list[Cell]) -> dict[str, str]:
-    """The device, and what attention runs in there. Raises `ConfigError` for what this machine cannot run.
+def look(cells: list[Cell]) -> dict[str, Any]:
+    """The device, the memory of a GPU, and what attention runs in there. Raises `ConfigError` for what this machine
+    cannot run.
 
     Every rank calls.
     """
@@ -58,8 +59,12 @@ def look(cells: list[Cell]) -> dict[str, str]:
         check_machine(config)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         backends.add(choose_backend(config.model.backend, device, dtype, config.model.head_dim).name)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    return {"device": name, "attention": "/".join(sorted(backends))}
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "device": gpu.name if gpu else "CPU",
+        "memory(GiB)": gpu.total_memory / 2**30 if gpu else None,
+        "attention": "/".join(sorted(backends)),
+    }
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -135,17 +140,23 @@ def open_gates(model: FoX, regime: str) -> None:
 
 
 def random_batches(trainer: Trainer, count: int) -> Iterator[Batch]:
-    """So many steps' sequences of random tokens, a document each; the ranks of a cp group get the same."""
+    """So many steps' sequences of random tokens, a document each: the same ones on every mesh that has as many a step,
+    of which the ranks of a cp group get the same."""
     config, mesh = trainer.config, trainer.mesh
-    sequences, length = config.train.micro_batch * trainer.accumulation, config.data.sequence_length
-    g = torch.Generator().manual_seed(mesh.rank // mesh.cp)
+    mine, length = config.train.micro_batch * trainer.accumulation, config.data.sequence_length
+    first = mesh.rank // mesh.cp * mine
 
-    def batch() -> Batch:
-        tokens = torch.randint(config.model.vocab, (sequences, length), generator=g)
-        rows = [shifted(row.numpy(), torch.zeros(1, dtype=torch.int64).numpy(), length, 0) for row in tokens]
-        return Batch(**{name: torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in rows[0]})
+    def sequence(number: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(number)
+        tokens = torch.randint(config.model.vocab, (length,), generator=g)
+        row = shifted(tokens.numpy(), torch.zeros(1, dtype=torch.int64).numpy(), length, 0)
+        return {name: torch.from_numpy(x) for name, x in row.items()}
 
-    return iter([batch() for _ in range(count)])
+    def batch(step: int) -> Batch:
+        rows = [sequence(step * mine * mesh.dp + first + i) for i in range(mine)]
+        return Batch(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+    return iter([batch(step) for step in range(count)])
 
 
 def _timed(trainer: Trainer, batches: Iterator[Batch], steps: int) -> tuple[list[float], torch.Tensor, torch.Tensor]:

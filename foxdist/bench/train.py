@@ -95,8 +95,9 @@ def run(chosen: argparse.Namespace) -> int:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
     call = Launched() if launched else Processes(ranks)
     try:
-        result: dict[str, Any] = {"setup": call(look, cells) | _setup(chosen, ranks, cells), "rows": []}
-        for row in _rows(points, chosen, ranks, call):
+        setup = call(look, cells) | _setup(chosen, ranks, cells)
+        result: dict[str, Any] = {"setup": setup, "rows": []}
+        for row in _rows(points, chosen, ranks, call, setup["memory(GiB)"]):
             result["rows"].append(row)
             # Of a launcher's ranks the one that fails may be the only one that gets so far.
             if chosen.output and (call.first or row["failed"]):
@@ -213,15 +214,17 @@ def _setup(chosen: argparse.Namespace, ranks: int, cells: list[Cell]) -> Row:
     }
 
 
-def _rows(points: list[Point], chosen: argparse.Namespace, ranks: int, call: Processes | Launched) -> Iterator[Row]:
-    """One after the other, each as soon as it is measured."""
+def _rows(
+    points: list[Point], chosen: argparse.Namespace, ranks: int, call: Processes | Launched, room: float | None
+) -> Iterator[Row]:
+    """One after the other, each as soon as it is measured. room: as of `longest`."""
     for point in points:
 
         def measured(length: int, point: Point = point) -> Row:
             return _row(point, length, _cell(point, length, ranks, chosen), call)
 
         if chosen.longest:
-            yield longest(measured, UNIT * point.cp, chosen.up_to)
+            yield longest(measured, UNIT * point.cp, chosen.up_to, room)
         else:
             yield from map(measured, _lengths(point, chosen))
 
@@ -244,22 +247,38 @@ def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> R
         return row | {"failed": str(error).strip().splitlines()[-1][:200]}
 
 
-def longest(measured: Callable[[int], Row], unit: int, limit: int) -> Row:
+def longest(measured: Callable[[int], Row], unit: int, limit: int, room: float | None = None) -> Row:
     """The row of the longest sequence that trains, a multiple of `unit` and at most `limit`; and what failed beyond it.
 
-    Doubles while it fits, then halves the gap, to an eighth of the length. `does_not_fit`: the shortest that ran out of
-    memory, or None. Another failure ends the search, and is its row.
+    Doubles while it fits, then halves the gap, to an eighth of the length. room: GiB of a rank's device, if known. Then
+    two lengths that fit say where it ends, as memory grows in a straight line with the length, and the search goes on
+    from there. `does_not_fit`: the shortest that ran out of memory, or None. Another failure ends the search, and is
+    its row.
     """
     best: Row | None = None
+    peaks: dict[int, float] = {}
     fits, fails, end = 0, 0, limit // unit  # in units; 0: none yet
     while fits < end and (not fails or fails - fits > max(1, fits // 8)):
         length = (fits + fails) // 2 if fails else min(max(1, 2 * fits), end)
+        if room and len(peaks) > 1:
+            guess = max(_forecast(peaks, room), fits + max(1, fits // 8))
+            length = min(guess, fails - 1 if fails else end)
         row = measured(length * unit)
         if row["failed"] is None:
             best, fits = row, length
+            if room:
+                peaks[length] = report.peak_memory(row)
         elif row["failed"] == report.OUT_OF_MEMORY:
             best, fails = best or row, length
+            room = None  # what is left of the gap is halved
         else:
             return row | {"does_not_fit": None}
     assert best is not None, "the limit is at least one unit"
     return best | {"does_not_fit": fails * unit or None}
+
+
+def _forecast(peaks: dict[int, float], room: float) -> int:
+    """The length, in units, whose peak leaves a twentieth of `room` free: for the context, and what is fragmented."""
+    (shorter, less), (longer, more) = list(peaks.items())[-2:]
+    each = max((more - less) / (longer - shorter), 1e-6 * room)
+    return longer + int((0.95 * room - more) / each)

@@ -20,6 +20,7 @@ COLUMNS = (
     "dense-equivalent MFU",
     "peak memory, GiB",
     "K/V sent, MiB/step",
+    "loss, last step",
 )
 
 
@@ -70,6 +71,7 @@ def _cells(row: Row, columns: int) -> tuple[str, ...]:
         _percent(row.get("perf/mfu(%)")),
         f"{peak_memory(row):.1f}",
         f"{row['comm/kv_sent(MiB)']:,.0f}",
+        f"{row['loss']:.5f}",
         *beyond,
     )
 
