@@ -14,6 +14,7 @@ import torch
 
 from foxdist import train, verdict
 from foxdist.attention import ring
+from foxdist.attention.symmetric import Symmetric
 from foxdist.attention.transport import Swap
 from foxdist.progress import progress
 
@@ -25,16 +26,19 @@ def here(part, step=STEP):
 
 
 def in_an_exchange(do):
-    """Between the posting of an exchange and the wait for it, in backward; the rank has said that it is there."""
-    real = Swap.finish
+    """In backward, between the posting of messages and the wait for them, or on the way to a barrier of who reads the
+    others' memory; the rank has said where it is."""
 
-    def finish(self):
-        if here("backward"):
-            time.sleep(2.5)
-            do()
-        real(self)
+    def before(real):
+        def faulty(*args):
+            if here("backward"):
+                time.sleep(2.5)
+                do()
+            real(*args)
 
-    Swap.finish = finish
+        return faulty
+
+    Swap.finish, Symmetric.barrier = before(Swap.finish), before(Symmetric.barrier)
 
 
 def in_forward(do, step=STEP):

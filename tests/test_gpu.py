@@ -14,14 +14,14 @@ import torch.distributed as dist
 from test_compile import ROUNDING, compare, needs_gxx, whole_model
 from test_model import batch, built, small
 from test_train import curves
-from test_watch import DIFFERS, LATE, SAID, TIMEOUT, run_with, settings
+from test_watch import DIFFERS, LATE, SAID, TIMEOUT, alike, run_with, settings, two_go_on_for_four
 
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
 from foxdist.layout import shard, unshard
 from foxdist.progress import Progress
 
 from cases import GATES, gradients, inputs, relative
-from runs import tree, write_data
+from runs import go, losses, tree, write_data
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = ("out", "dq", "dk", "dv", "dlog_f")
@@ -180,9 +180,25 @@ def test_a_lost_rank_ends_every_rank(tmp_path, fault, guilty):
     """
     values = settings(write_data(tmp_path / "data"), tmp_path / "run")
     values["parallel"]["transport"] = "nccl"
-    gpus = ",".join(map(str, range(torch.cuda.device_count())))
-    found, seconds = run_with(fault, guilty, values, tmp_path, gpus=gpus)
+    found, seconds = run_with(fault, guilty, values, tmp_path, all_gpus())
     for (said, status), (expected, words) in zip(found, SAID[fault, guilty]):
         assert status == expected, said
         assert not words or (DIFFERS if words[0].startswith(DIFFERS) else words[0]) in said, said
     assert seconds < TIMEOUT + LATE
+
+
+@needs_gpu
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_two_ranks_go_on_for_four(ranks, tmp_path, transport):
+    """The others' devices wait in a barrier or in NCCL for ever: the watch ends them."""
+    data = write_data(tmp_path / "data")
+    undisturbed, values = settings(data, tmp_path / "undisturbed"), settings(data, tmp_path / "run")
+    values["parallel"]["transport"] = undisturbed["parallel"]["transport"] = transport
+    found = two_go_on_for_four(ranks, values, tmp_path, "nccl", all_gpus())
+    ranks(2, go, undisturbed, backend="nccl")
+    alike(found, losses(tmp_path / "undisturbed"))
+
+
+def all_gpus():
+    """Their numbers, as CUDA takes them."""
+    return ",".join(map(str, range(torch.cuda.device_count())))

@@ -99,6 +99,34 @@ def test_every_rank_ends_and_the_run_goes_on(ranks, data, tmp_path, whole, fault
         assert losses(tmp_path / "run") == whole
 
 
+def two_go_on_for_four(ranks, values, folder, backend="gloo", gpus=""):
+    """dp 2 x cp 2, of which one is killed in an exchange: all end and say so, and cp 2 alone goes on. Its losses."""
+    found, seconds = run_with("killed", 1, values, folder, gpus, size=4)
+    for rank, (said, status) in enumerate(found):
+        assert status == (-signal.SIGKILL if rank == 1 else LOST), said
+        assert rank == 1 or "rank 1 died: nothing heard for" in said, said
+        assert rank == 1 or "rank 1 was last at step 6, layer 1, backward" in said, said
+    assert seconds < TIMEOUT + LATE
+    said = ranks(2, go, values, backend=backend)[0]
+    assert "after step 4" in said
+    assert "saved on 4 ranks with ZeRO-1; converting for 2 ranks" in said
+    return losses(values["train"]["run_dir"])
+
+
+def alike(found, expected):
+    """Losses and gradient norms of every step, but for rounding."""
+    assert list(found) == list(expected)
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-4), step
+
+
+def test_two_ranks_go_on_for_four(ranks, data, tmp_path, whole):
+    """Through each other's memory; by messages in test_slurm.py."""
+    values = settings(data, tmp_path / "run")
+    values["parallel"]["transport"] = "peer"
+    alike(two_go_on_for_four(ranks, values, tmp_path), whole)
+
+
 def test_what_killed_jobs_leave_on_a_node_blocks_nobody(ranks, data, tmp_path, whole):
     """SIGKILL of every process, as SLURM does: of those, too, that would remove names of shared memory. The same run
     goes on there, beside another job."""
