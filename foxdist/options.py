@@ -28,9 +28,10 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
             status = main()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if not _reader_gone():
-            raise  # it was another pipe
+    except BrokenPipeError as error:
+        failed = error.__context__  # what `main` raised before the pipe was found broken
+        if not _reader_gone() or not isinstance(failed, SystemExit | None):
+            raise  # it was another pipe, or not the pipe alone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         status = 128 + signal.SIGPIPE
     sys.exit(status)

@@ -72,7 +72,10 @@ def check(config: Config) -> None:
 
 def check_data_path(config: Config) -> None:
     """Raises `ConfigError` if `data.path` changed: for runs whose checkpoint does not say on which data it was made."""
-    was = load(config.train.run_dir / "config.yaml").data.path
+    path = config.train.run_dir / "config.yaml"
+    if not path.exists():
+        return  # deleted as a damaged one, which `check` advises; `Loader.restore` says that the data is not known
+    was = load(path).data.path
     if was != config.data.path:
         raise ConfigError(
             f"data.path={config.data.path}: was {was}, and the checkpoint, of an earlier version, does not say what it "

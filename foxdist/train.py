@@ -331,11 +331,13 @@ def micro_batches(run: Trainer, batch: Batch) -> Iterator[tuple[torch.Tensor, to
 
 def collect(run: Trainer, loss_sum: torch.Tensor, targets: torch.Tensor, steps: int, seconds: float) -> dict[str, Any]:
     """The metrics of a logged step; every rank calls. `steps` in `seconds` passed since the last."""
+    progress.enter("metrics")  # a rank that falls silent has died; writing them may take its time
     loss = float(loss_sum / targets)
     tokens = run.step * run.config.train.tokens_per_step
     counts = [layer.meter.take() for layer in run.model.attention_layers()]
-    with progress.exchange("metrics"):
+    with progress.exchange("numbers of all ranks"):
         of_all_ranks = step_metrics(run.config, run.mesh, counts, steps, seconds, run.clock.take())
+    progress.enter("after the step", timed=False)
     return {
         "tokens": tokens,
         "loss": loss,

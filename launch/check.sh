@@ -8,6 +8,7 @@
 # Options are written --name=value. GPUs of a node are those of --ntasks-per-node, --gpus-per-node, or FOXDIST_GPUS_PER_NODE
 # (slurm/site.env), the first that is there. Exit status 0: nothing is wrong.
 set -euo pipefail
+extra=
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 nodes=1 tasks='' gpus='' options=()

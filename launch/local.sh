@@ -9,6 +9,7 @@
 # SIGUSR1, SIGTERM, SIGINT (Ctrl-C) and, as SIGTERM, SIGHUP (a dropped ssh) go to the ranks: but for SIGINT they end
 # after the step in flight, saved. The exit status is the ranks' (see foxdist/train.py).
 set -euo pipefail
+extra=
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 ranks='' dry=''

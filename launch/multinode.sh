@@ -17,6 +17,7 @@
 # all of them end after the step in flight, saved; with --torchrun it is enough to tell one host. The exit status is the
 # ranks' (see foxdist/train.py).
 set -euo pipefail
+extra=
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 hostfile='' torchrun='' nodes='' head='' port=29500 ranks=gpu dry=''

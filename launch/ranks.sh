@@ -10,12 +10,12 @@ fail() {
 }
 
 # Leaves $root, and $python: FOXDIST_PYTHON, a Python that has foxdist; default: that of .venv, which env.sh makes.
-python=${FOXDIST_PYTHON:-python} extra=
 if [ -n "${FOXDIST_PYTHON:-}" ]; then
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 else
   source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 fi
+python=${FOXDIST_PYTHON:-python} # after env.sh, to which it is the one that makes .venv
 
 # A port that nothing on this host listens to at the moment.
 free_port() {

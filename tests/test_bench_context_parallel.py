@@ -29,6 +29,8 @@ from foxdist.bench.measure import Shape
 from foxdist.bench.processes import OutOfMemory
 from foxdist.layout import BLOCK, blocks_of
 
+from runs import environment
+
 PAGE = 2 * BLOCK * 16 * 4 + BLOCK * 4  # bytes of K, V and gate sums of a block of one head of 16, float32
 TILE = 2 * BLOCK**2 * 16  # FLOPs of one product
 FAST = Machine(forward=2 * TILE, backward=5 * TILE, inside=PAGE, across=PAGE / 4, latency=0.5, host=8)
@@ -280,6 +282,39 @@ def test_under_a_launcher_the_first_rank_reports(ranks, tmp_path):
     assert [x["auto"] for x in found["verdicts"] + found["forecast_verdicts"]] == ["contiguous"] * 2
     assert not list((tmp_path / "1").iterdir())
     assert ranks(2, launched, [*words, "--ranks", "1"], tmp_path) == [2, 2]
+
+
+def test_a_launchers_ranks_go_on_together_after_what_is_wrong(tmp_path):
+    """Three ranks, of which one only waits while two are measured: it hears that their attention is wrong, and goes on
+    with them to what all three measure. Rank 0 prints, draws, and fails."""
+    script = tmp_path / "bench.py"
+    script.write_text(
+        "import sys\n"
+        "from foxdist.bench import __main__ as bench, measure, spread\n"
+        "measure.CHECKED = (768, 389)\n"
+        "def attention(*args, cp, real=spread.forgetting_attention, **options):\n"
+        "    found = real(*args, cp=cp, **options)\n"
+        "    return found * 1.01 if cp.size == 2 and not isinstance(found, tuple) else found\n"
+        "spread.forgetting_attention = attention\n"
+        "sys.exit(bench.main(sys.argv[1:]))\n"
+    )
+    words = ["context-parallel", "--device", "cpu", "--dtype", "fp32", "--shapes", "2x16", "--gates", "mixed"]
+    words += ["--lengths", "1536", "--ranks", "2", "3", "--layouts", "zigzag", "--schedules", "ring", "--repeats", "1"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", script, *words]
+    done = subprocess.run(
+        [sys.executable, *command, "--output", tmp_path / "out"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "error: 2x16 on 2 ranks, zigzag, ring, auto, 1,024 tokens: out is wrong" in done.stderr
+    assert done.stdout == (tmp_path / "out" / "table.md").read_text()
+    found = result_of(tmp_path / "out")
+    assert [(row["ranks"], row["failed"]) for row in found["rows"]] == [(3, None)]
+    assert [check["ranks"] for check in found["checks"]] == [2, 3]
+    assert (tmp_path / "out" / "context_parallel.png").exists()
 
 
 def wrong(rank, size, what):

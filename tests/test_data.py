@@ -403,6 +403,24 @@ def test_another_broken_pipe_is_an_error():
         exit_with(main)
 
 
+def test_what_failed_is_said_though_nobody_reads_the_rest():
+    """A defect behind a pipe that has gone is a defect all the same."""
+    code = (
+        "from foxdist.options import exit_with\n"
+        "def main():\n"
+        "    print('a line')\n"
+        "    raise LookupError('a real defect')\n"
+        "exit_with(main)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(writer)
+    assert done.returncode in (1, 120)  # 120: the interpreter's own flush fails, too
+    assert "LookupError: a real defect" in done.stderr
+
+
 def test_too_little_data_is_named(tmp_path):
     data = write_data(tmp_path / "data", documents=2)
     with pytest.raises(ValueError, match="a step needs 512"):

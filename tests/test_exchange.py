@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import plan_of, starts
+from test_plan import plan_of, starts, travelling
 
 from foxdist.attention import copies
 from foxdist.attention.needs import find_needs
@@ -44,7 +44,7 @@ def test_the_tables_are_the_plan(case, staged):
     for r in range(plan.size):
         own = blocks_of(r, plan.size, plan.blocks, plan.layout).tolist()
         pool = [(b, k, n) for b in range(rows) for k in range(heads) for n in own]
-        lent_to = [{tuple(page) for page in plan.pages(r, p)} for p in range(plan.size)]
+        lent_to = [{tuple(page) for page in travelling(plan, r, p)} for p in range(plan.size)]
         lent = {pool[i] for i in needs[r].lent.tolist() if i >= 0}
         assert lent == set().union(*lent_to)
         for d in range(1, plan.size):

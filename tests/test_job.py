@@ -132,3 +132,12 @@ def test_mistakes_in_the_configuration_are_said(tmp_path, capsys):
     assert "error: train.run_dir=/proc/run: " in capsys.readouterr().err
     assert job.main(["begin", str(config), "model.haeds=2"]) == 2
     assert "did you mean model.heads?" in capsys.readouterr().err
+
+
+def test_storage_that_fails_is_a_mistake_to_mend(tmp_path, capsys):
+    """No traceback, and no other start: a full disk is as full then."""
+    config = write_yaml(tmp_path, tree("/data", tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "attempts.json").mkdir()
+    assert job.main(["begin", str(config)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,5 +1,6 @@
 """The shell scripts, with commands that only say how they were called in place of the installed ones."""
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from foxdist.bench import context_parallel, train
 from foxdist.data.folder import open_folder
 
 from runs import WORDS
@@ -73,6 +75,24 @@ def test_tests_hand_their_arguments_to_pytest_alone(installed):
     (tests,) = made[3:]
     assert tests.startswith("python -m pytest ")
     assert tests.endswith(" -k plan")
+
+
+@pytest.mark.parametrize(
+    "script, words", [("local.sh", "--dry-run"), ("check.sh", "--nodes=1"), ("measure.sh", "faults")]
+)
+def test_the_first_call_goes_on_with_what_it_installed(installed, script, words):
+    """And not with the Python that made the environment, which lacks everything."""
+    folder, _ = installed
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "site.env").write_text("FOXDIST_GPUS_PER_NODE=8\n")
+    shutil.copy(folder / ".venv" / "bin" / "python", folder / ".venv" / "bin" / "sbatch")
+    config = [] if script == "measure.sh" else ["configs/NAME.yaml"]
+    said = launch(folder, script, words, *config, path=f"{os.path.dirname(sys.executable)}:/usr/bin:/bin")
+    made = (folder / "calls").read_text().splitlines()
+    assert "-m pip install" in made[0]
+    assert said.count("installing foxdist") == 1
+    assert len(made) > 1
+    assert f"{sys.executable} " not in said
 
 
 def test_a_changed_project_is_installed_again(installed):
@@ -204,3 +224,50 @@ def test_what_the_kernel_corpus_lacks_is_named(installed, debian, change, argume
     said = launch(folder, "corpus_linux.sh", *arguments, path=str(debian), expect=2)
     assert all(word in said for word in words), said
     assert not (folder / "data" / "linux").exists()
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_what_measure_asks_for_can_be_measured(installed, gpus):
+    """Every command is one that the benchmarks understand, on lengths that so many ranks can share."""
+    folder, mark = installed
+    mark("dev")
+    made = calls(folder, "measure.sh", "attention", "training", "longest", "faults", "--gpus", str(gpus))
+    assert made.pop().startswith("python -m pytest ")
+    found = {}
+    for call in made:
+        name, *words = call.removeprefix("python -m foxdist.bench ").split()
+        module = {"context-parallel": context_parallel, "train": train}[name]
+        parser = argparse.ArgumentParser()
+        module.add_options(parser)
+        chosen = parser.parse_args(words)
+        found.setdefault(name, []).append(chosen)
+        if name == "train":
+            assert gpus in chosen.cp
+            assert (chosen.longest and not chosen.lengths) or list(train._points(chosen))
+            continue
+        assert max(chosen.ranks) == gpus
+        context_parallel.check_points([], context_parallel.points_of(chosen, chosen.ranks))
+    assert [len(chosen) for chosen in found.values()] == [2, 2 * (1 if gpus < 4 else 2) + 1]
+    for chosen in found["train"][:-1]:
+        for point in train._points(chosen):
+            cells = [train._cell(point, length, gpus, chosen) for length in chosen.lengths]
+            assert {cell.config.train.tokens_per_step for cell in cells} == {gpus * chosen.lengths[0]}
+
+
+def test_measure_prints_goes_on_and_fails_with_what_failed(installed):
+    folder, mark = installed
+    mark("dev")
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(python.read_text() + 'case "$*" in *context-parallel*) exit 3 ;; esac\n')
+    said = launch(folder, "measure.sh", "attention", "faults", "--gpus", "2", expect=3)
+    assert len((folder / "calls").read_text().splitlines()) == 3, "the others ran"
+    assert "--output bench/2-gpus/attention-acp" in said
+    (folder / "calls").unlink()
+    launch(folder, "measure.sh", "attention", "--gpus", "2", "--dry-run")
+    assert not (folder / "calls").exists()
+    for words, wrong in (
+        (["everything"], "everything: unknown"),
+        (["faults", "--gpus", "6"], "use 4"),
+        ([], "name some"),
+    ):
+        assert wrong in launch(folder, "measure.sh", *words, expect=2)

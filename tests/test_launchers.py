@@ -148,3 +148,27 @@ def test_scripts_are_clean():
     assert len(scripts) >= 10
     done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_points_of_other_options_are_not_mixed(variables, tmp_path):
+    """Neither while the first jobs wait, nor with points that say not what they were measured with."""
+    script = LAUNCH.with_name("slurm") / "scaling.sbatch"
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    env = variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOXDIST_GPUS_PER_NODE": "1"}
+
+    def submit(folder, *options):
+        command = ["bash", script, "--gpus", "2", "--lengths", "512", "--output", folder, *options]
+        return subprocess.run(command, env=env, cwd=script.parents[1], capture_output=True, text=True)
+
+    assert submit(tmp_path / "one", "--steps", "3").returncode == 0
+    assert submit(tmp_path / "one", "--steps", "3").returncode == 0, "what is missing"
+    other = submit(tmp_path / "one", "--steps", "4")
+    assert other.returncode == 2
+    assert "is for points with other options, --steps 3 ; must be the same" in other.stderr
+    (tmp_path / "two" / "2-gpus").mkdir(parents=True)
+    (tmp_path / "two" / "2-gpus" / "train.json").touch()
+    assert "other options, unknown" in submit(tmp_path / "two").stderr
+    assert not (tmp_path / "two" / "options").exists()
+    assert submit(tmp_path / "three", "--dry-run").returncode == 0
+    assert not (tmp_path / "three").exists()

@@ -270,6 +270,7 @@ def test_a_checkpoint_that_does_not_name_its_data_is_continued(ranks, finished, 
         "does not say what it was trained on; must be as it was until there is a newer one"
         in ranks(1, go, elsewhere)[0]
     )
+    (folder / "config.yaml").unlink()  # as if it had been a damaged one
     said = ranks(1, go, values)[0]
     assert "after step 12" in said
     assert "does not say whether it was made on this data" in said

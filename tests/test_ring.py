@@ -24,8 +24,9 @@ from foxdist.attention import (
     plan,
     ring,
 )
+from foxdist.attention.exchange import let_go
 from foxdist.attention.pages import page_bytes
-from foxdist.attention.symmetric import Symmetric
+from foxdist.attention.symmetric import Symmetric, bytes_held
 from foxdist.layout import BLOCK, blocks_of, chunk_count, shard, unshard
 
 from cases import gradients, inputs, relative
@@ -85,6 +86,28 @@ def test_ranks_give_what_one_process_gives(ranks, size, case, layout, schedule, 
         if name == "dlog_f" and len(case) > 2:
             got[:, list(case[3])] = reference[:, list(case[3])]  # a reset is a constant: its slot means nothing
         assert relative(got, reference) < (1e-4 if name == "dlog_f" else 1e-5), name
+
+
+def attend_twice(rank, size, transport):
+    """Whether memory that is freed in between changes nothing; bytes that ranks share, before that and after, and how
+    many buffers of messages are left."""
+    how = ("mixed", 2), "zigzag", "ring", Acp(logit_bound=4.0), True, transport
+    before, _ = attend(rank, size, *how)
+    shared = bytes_held()
+    dist.barrier()
+    let_go()
+    gc.collect()
+    left = bytes_held(), len(messages._buffers)
+    after, _ = attend(rank, size, *how)
+    return all(map(torch.equal, before, after)), shared, left
+
+
+@pytest.mark.parametrize("transport", ["nccl", "peer"])
+def test_memory_of_exchanges_is_let_go(ranks, transport):
+    for same, shared, left in ranks(2, attend_twice, transport):
+        assert same
+        assert (shared > 0) == (transport == "peer")
+        assert left == (0, 0)
 
 
 def attend_in_kernels(rank, size, layout, schedule, transport="auto"):

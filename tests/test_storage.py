@@ -1,7 +1,6 @@
 """Disks that fill up, folders that turn read-only, shards that change: always the last good state, and words."""
 
 import contextlib
-import itertools
 import json
 import os
 import pickle
@@ -10,7 +9,6 @@ import shutil
 import stat
 import subprocess
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,18 +195,16 @@ def test_files_are_written_beside_other_threads(tmp_path, monkeypatch):
     ticks, over = [], threading.Event()
 
     def tick():
-        while not over.wait(0.01):
-            ticks.append(time.monotonic())
+        while not over.wait(0.001):
+            ticks.append(None)
 
     thread = threading.Thread(target=tick)
     thread.start()
-    begun = time.monotonic()
     shares.write(tmp_path, 0, [flat], {}, 1)
-    seconds = time.monotonic() - begun
     over.set()
     thread.join()
-    longest = max(b - a for a, b in itertools.pairwise([begun, *ticks]))
-    assert longest < seconds / len(shares.KINDS) / 2
+    # One or two before and after each file in any case; dozens while it is written.
+    assert len(ticks) > 5 * len(shares.KINDS)
 
 
 def log_without_room(rank, size, values):

@@ -210,6 +210,7 @@ def test_the_first_of_the_silent_is_named():
         (place(timed=False, exchange="files of a checkpoint"), 600),
         (place(timed=False, warm=False), 600),
         (GATES._replace(timed=False, warm=False), 600),
+        (place(part="metrics", layer=None, exchange="numbers of all ranks"), 30),
     ],
 )
 def test_who_may_be_busy_may_be_silent(where, silent):

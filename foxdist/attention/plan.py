@@ -82,11 +82,6 @@ class Plan:
         of_rank[others] = counts.sum((1, 2, 3))
         return Travelling(np.repeat(pair, each), block, of_rank)
 
-    def pages(self, sender: int, receiver: int) -> np.ndarray:
-        """Rows (batch row, K/V head, block) [M, 3] that `sender` hands to `receiver`, in message order."""
-        pair, block, _ = self.lent(sender, ((receiver - sender) % self.size,))
-        return np.stack([*np.divmod(pair, self.need.shape[1]), block], 1)
-
     def stages(self, schedule: str, kv_bytes: int) -> tuple[tuple[int, ...], ...]:
         """The rounds of messages, each as the ring distances it covers: rank r sends to r + d and receives from r - d.
 

@@ -116,9 +116,9 @@ def measure_into(result: dict[str, Any], points: list[Point], shapes: list[Shape
             result["verdicts"] = layouts.verdicts(fine, shapes, machine["one_host"])
             if chosen.output:
                 save(chosen.output, "context_parallel", spread_report.markdown(result), result)
+        return call.first
     finally:
         call.stop()
-    return call.first
 
 
 def measured(

@@ -108,16 +108,15 @@ class Launched:
 
     def __init__(self) -> None:
         self._failed = False
-
-    @property
-    def first(self) -> bool:
+        self.first = False
         """Whether this is rank 0. Known after a call."""
-        return dist.is_initialized() and dist.get_rank() == 0
 
     def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
         """Raises as `Processes` does, on the rank where it happened."""
         try:
-            return fn(argument)
+            answer = fn(argument)
+            self.first = dist.get_rank() == 0
+            return answer
         except Exception as error:
             self._failed = True
             if isinstance(error, ConfigError):

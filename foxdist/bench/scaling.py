@@ -55,7 +55,7 @@ def read(folder: Path) -> tuple[list[Row], list[Row], list[str]]:
     setups, rows = [], []
     for path in sorted(folder.rglob("train.json")):
         point = json.loads(path.read_text())
-        setup = {name: value for name, value in point["setup"].items() if name not in ("ranks", "date")}
+        setup = {name: value for name, value in point["setup"].items() if name not in ("ranks", "date", "memory(GiB)")}
         setups += [setup] if setup not in setups else []
         about = {"gpus": point["setup"]["ranks"], "setup": 1 + setups.index(setup)}
         rows += [row | about for row in point["rows"]]

@@ -77,15 +77,14 @@ def look(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_here(job: Job) -> Row:
-    """A check or a row, measured on the first of this job's ranks. Every rank calls, and those that only wait for the
-    others get an empty one."""
+    """A check or a row, measured on the first of this job's ranks. Every rank calls, and gets what the first found."""
     mesh = _mesh(job.chosen.device)
     group = _group(job.way.ranks)
     found = _measure(group, mesh.device, job) if mesh.rank < job.way.ranks else {}
     on_gpu = mesh.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
-    dist.barrier()
+    found = meshes.broadcast(found)  # for which all wait
     let_go()
     if on_gpu:
         torch.cuda.empty_cache()

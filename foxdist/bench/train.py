@@ -261,8 +261,7 @@ def longest(measured: Callable[[int], Row], unit: int, limit: int, room: float |
     while fits < end and (not fails or fails - fits > max(1, fits // 8)):
         length = (fits + fails) // 2 if fails else min(max(1, 2 * fits), end)
         if room and len(peaks) > 1:
-            guess = max(_forecast(peaks, room), fits + max(1, fits // 8))
-            length = min(guess, fails - 1 if fails else end)
+            length = min(max(_forecast(peaks, room), fits + max(1, fits // 8)), end)
         row = measured(length * unit)
         if row["failed"] is None:
             best, fits = row, length

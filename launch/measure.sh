@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Measures attention and training on the GPUs of this host: README's tables of several GPUs, made anew. Prints each
+# command before it runs it; the table, JSON and picture that a command leaves lie in a folder of their own, and are
+# written row by row, so that what ends early leaves what it had.
+#
+#   bash launch/measure.sh PART ... [--gpus N] [--output DIR] [--dry-run]
+#
+#   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, ACP on and off, all ways pages can move
+#   training      FoX (Pro) 760M on every dp x cp of N GPUs, with ZeRO-1 and ZeRO-3, all on the same tokens
+#   longest       the longest sequence that trains on N GPUs: FoX (Pro) 125M, 360M, 760M
+#   faults        training on ranks of which one is killed, sleeps or plans otherwise, and that goes on with fewer
+#
+#   --gpus N      a power of two; default: as many as there are
+#   --output DIR  default: bench/N-gpus
+#   --dry-run     only prints the commands
+#
+# The exit status is not 0 if any command fails; those after it run all the same.
+set -euo pipefail
+extra=dev # for pytest
+source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
+cd "$root"
+
+parts=() gpus='' output='' dry='' status=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    attention | training | longest | faults) parts+=("$1") ;;
+    --gpus) gpus=${2:?--gpus needs a number} && shift ;;
+    --output) output=${2:?--output needs a folder} && shift ;;
+    --dry-run) dry=1 ;;
+    *) fail "$1: unknown; must be attention, training, longest, faults or an option; see the head of $0" ;;
+  esac
+  shift
+done
+[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, training, longest or faults; name some"
+gpus=${gpus:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
+[ "$gpus" != 0 ] || fail "no GPU found; must be there; see README for what can be measured on CPUs"
+sizes=()
+for ((size = 1; size <= gpus; size *= 2)); do sizes+=("$size"); done
+[ "${sizes[-1]:-}" = "$gpus" ] || fail "--gpus $gpus: no power of two; must be one; use ${sizes[-1]:-1}"
+output=${output:-bench/$gpus-gpus}
+
+run() {
+  show "$@"
+  if [ -z "$dry" ]; then "$@" || status=$?; fi
+}
+
+bench() { # bench FOLDER COMMAND OPTION...
+  local folder=$output/$1
+  shift
+  run "$python" -m foxdist.bench "$@" --output "$folder"
+}
+
+# Lengths at which so many GPUs are worth having.
+case $gpus in
+  1 | 2) lengths=(65536 131072) weak=(32768) trained=(65536) ;;
+  4) lengths=(65536 131072 262144) weak=(32768) trained=(131072 262144) ;;
+  *) lengths=(131072 262144 1048576) weak=(32768 131072) trained=(262144 1048576) ;;
+esac
+
+attention() {
+  # Two sets of inputs and a tenth of a second for each: a quarter of the default's time.
+  local common=(context-parallel --ranks "${sizes[@]}" --lengths "${lengths[@]}" --weak "${weak[@]}"
+    --transports nccl peer --repeats 2 --seconds 0.1)
+  bench attention-acp "${common[@]}" --shapes 16x64,8x128
+  bench attention-dense "${common[@]}" --shapes 16x64,8x128 --no-acp --layouts zigzag --schedules auto
+}
+
+training() {
+  local length
+  for length in "${trained[@]}"; do
+    local common=(train --models fox_pro_760m --lengths "$length" --cp "${sizes[@]}" --ranks "$gpus" --acp on
+      --checkpointing on --warmup 1 --steps 2 "train.tokens_per_step=$((gpus * length))")
+    bench "training-$length-zero-1" "${common[@]}" --zero 1 --compile on
+    bench "training-$length-zero-3" "${common[@]}" --zero 3
+  done
+}
+
+longest() {
+  bench longest train --longest --models fox_pro_125m fox_pro_360m fox_pro_760m --cp "$gpus" --acp on \
+    --checkpointing on off --compile on --up-to 2097152
+}
+
+faults() {
+  run "$python" -m pytest -p no:cacheprovider -n 0 tests/test_gpu.py -k "lost_rank or two_ranks_go_on"
+}
+
+for part in "${parts[@]}"; do
+  case $part in
+    attention) attention ;;
+    training) training ;;
+    longest) longest ;;
+    faults) faults ;;
+  esac
+done
+exit "$status"
