@@ -98,8 +98,7 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
                 "--standalone), or end what is left of a killed job"
             ) from None
     agree({"parallel.cp": cp})  # before groups are made of it
-    urgent = _urgent(timeout) if gpu else None
-    groups = [dist.new_group(range(at, at + cp), timeout=timeout, pg_options=urgent) for at in range(0, world, cp)]
+    groups = [cp_group(range(at, at + cp), timeout) for at in range(0, world, cp)]
     return Mesh(rank, world, local, cp, device, groups[rank // cp])
 
 
@@ -189,12 +188,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _urgent(timeout: timedelta) -> Any:
-    """NCCL's options for a stream of high priority: its kernels get the next free processors, where attention's, which
-    stay until all tiles are done, would keep messages waiting."""
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = timeout
-    return options
+def cp_group(ranks: range, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of ranks that share sequences; every rank of the world calls.
+
+    With NCCL it has a stream of high priority: its kernels get the next free processors, where attention's, which stay
+    until all tiles are done, would keep messages waiting.
+    """
+    urgent = None
+    if dist.get_backend() == "nccl":
+        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        urgent._timeout = timeout
+    return dist.new_group(ranks, timeout=timeout, pg_options=urgent)
 
 
 def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -98,7 +99,7 @@ def _mesh(device: str) -> meshes.Mesh:
 
 @lru_cache
 def _group(size: int) -> dist.ProcessGroup:
-    return dist.new_group(range(size))
+    return meshes.cp_group(range(size), timedelta(minutes=TIMEOUT))
 
 
 def _measure(group: dist.ProcessGroup, device: torch.device, job: Job) -> Row:
