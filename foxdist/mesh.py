@@ -81,6 +81,9 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
         # What is nearly forgotten has weights below 1e-38, with which a CPU calculates many times slower than with 0:
         # the quickstart trains 1.5 times as fast without, with the same losses.
         torch.set_flush_denormal(True)
+    # NCCL's kernels get the next free processors, where attention's, which stay until all tiles are done, would keep
+    # messages, gradients and ZeRO's parameters waiting.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if not dist.is_initialized():
         try:
             dist.init_process_group(
@@ -98,7 +101,7 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
                 "--standalone), or end what is left of a killed job"
             ) from None
     agree({"parallel.cp": cp})  # before groups are made of it
-    groups = [cp_group(range(at, at + cp), timeout) for at in range(0, world, cp)]
+    groups = [dist.new_group(range(at, at + cp), timeout=timeout) for at in range(0, world, cp)]
     return Mesh(rank, world, local, cp, device, groups[rank // cp])
 
 
@@ -186,19 +189,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def cp_group(ranks: range, timeout: timedelta) -> dist.ProcessGroup:
-    """A group of ranks that share sequences; every rank of the world calls.
-
-    With NCCL it has a stream of high priority: its kernels get the next free processors, where attention's, which stay
-    until all tiles are done, would keep messages waiting.
-    """
-    urgent = None
-    if dist.get_backend() == "nccl":
-        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        urgent._timeout = timeout
-    return dist.new_group(ranks, timeout=timeout, pg_options=urgent)
 
 
 def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:

@@ -5,7 +5,8 @@
 #
 #   bash launch/measure.sh PART ... [--gpus N] [--output DIR] [--dry-run]
 #
-#   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, ACP on and off, all ways pages can move
+#   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, all ways pages can move
+#   dense         the same with nothing pruned
 #   training      FoX (Pro) 760M on every dp x cp of N GPUs, with ZeRO-1 and ZeRO-3, all on the same tokens
 #   longest       the longest sequence that trains on N GPUs: FoX (Pro) 125M, 360M, 760M
 #   faults        training on ranks of which one is killed, sleeps or plans otherwise, and that goes on with fewer
@@ -23,15 +24,15 @@ cd "$root"
 parts=() gpus='' output='' dry='' status=0
 while [ $# -gt 0 ]; do
   case $1 in
-    attention | training | longest | faults) parts+=("$1") ;;
+    attention | dense | training | longest | faults) parts+=("$1") ;;
     --gpus) gpus=${2:?--gpus needs a number} && shift ;;
     --output) output=${2:?--output needs a folder} && shift ;;
     --dry-run) dry=1 ;;
-    *) fail "$1: unknown; must be attention, training, longest, faults or an option; see the head of $0" ;;
+    *) fail "$1: unknown; must be attention, dense, training, longest, faults or an option; see the head of $0" ;;
   esac
   shift
 done
-[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, training, longest or faults; name some"
+[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, dense, training, longest or faults; name some"
 gpus=${gpus:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 [ "$gpus" != 0 ] || fail "no GPU found; must be there; see README for what can be measured on CPUs"
 sizes=()
@@ -57,19 +58,23 @@ case $gpus in
   *) lengths=(131072 262144 1048576) weak=(32768 131072) trained=(262144 1048576) ;;
 esac
 
+# Two sets of inputs and a tenth of a second for each: a quarter of the default's time.
+spread=(context-parallel --shapes "16x64,8x128" --ranks "${sizes[@]}" --lengths "${lengths[@]}" --weak "${weak[@]}"
+  --transports nccl peer --repeats 2 --seconds 0.1 --patience 180)
+
 attention() {
-  # Two sets of inputs and a tenth of a second for each: a quarter of the default's time.
-  local common=(context-parallel --ranks "${sizes[@]}" --lengths "${lengths[@]}" --weak "${weak[@]}"
-    --transports nccl peer --repeats 2 --seconds 0.1)
-  bench attention-acp "${common[@]}" --shapes 16x64,8x128
-  bench attention-dense "${common[@]}" --shapes 16x64,8x128 --no-acp --layouts zigzag --schedules auto
+  bench attention "${spread[@]}"
+}
+
+dense() {
+  bench dense "${spread[@]}" --no-acp --layouts zigzag --schedules auto
 }
 
 training() {
   local length
   for length in "${trained[@]}"; do
     local common=(train --models fox_pro_760m --lengths "$length" --cp "${sizes[@]}" --ranks "$gpus" --acp on
-      --checkpointing on --warmup 1 --steps 2 "train.tokens_per_step=$((gpus * length))")
+      --checkpointing on --warmup 1 --steps 2 --patience 300 "train.tokens_per_step=$((gpus * length))")
     bench "training-$length-zero-1" "${common[@]}" --zero 1 --compile on
     bench "training-$length-zero-3" "${common[@]}" --zero 3
   done
@@ -77,7 +82,7 @@ training() {
 
 longest() {
   bench longest train --longest --models fox_pro_125m fox_pro_360m fox_pro_760m --cp "$gpus" --acp on \
-    --checkpointing on off --compile on --up-to 2097152
+    --checkpointing on off --compile on --up-to 2097152 --patience 300
 }
 
 faults() {
@@ -87,6 +92,7 @@ faults() {
 for part in "${parts[@]}"; do
   case $part in
     attention) attention ;;
+    dense) dense ;;
     training) training ;;
     longest) longest ;;
     faults) faults ;;

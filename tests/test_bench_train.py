@@ -150,8 +150,8 @@ def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypa
     class Stub:
         first = True
 
-        def __init__(self, ranks):
-            assert ranks == 1
+        def __init__(self, ranks, patience):
+            assert (ranks, patience) == (1, 1800)
 
         def __call__(self, fn, argument):
             if fn is cells.look:
@@ -316,6 +316,8 @@ def one_fails(how):
     if how and rank == 1:
         if how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        if how == "asleep":
+            time.sleep(600)
         if how == "config":
             raise ConfigError("model.backend='gluon': not here")
         os._exit(7)
@@ -336,6 +338,21 @@ def test_a_rank_that_fails_ends_the_others_and_the_next_call_works(no_launcher):
             call(one_fails, "config")
         with pytest.raises(RankError, match="rank 1 ended with status 7"):
             call(one_fails, "exit")
+    finally:
+        call.stop()
+
+
+def test_ranks_that_hang_are_given_up(no_launcher, capfd):
+    """One waits for the other, which sleeps: the error names who did not answer, their stacks are said, and the next
+    call works."""
+    call = Processes(2, patience=20)
+    try:
+        begun = time.monotonic()
+        with pytest.raises(RankError, match="no answer from ranks 0-1 within 20 s"):
+            call(one_fails, "asleep")
+        assert 20 < time.monotonic() - begun < 40
+        assert "in one_fails" in capfd.readouterr().err
+        assert call(one_fails, None)[0] == 0
     finally:
         call.stop()
 

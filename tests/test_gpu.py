@@ -182,7 +182,7 @@ def test_a_lost_rank_ends_every_rank(tmp_path, fault, guilty):
     values["parallel"]["transport"] = "nccl"
     found, seconds = run_with(fault, guilty, values, tmp_path, all_gpus())
     for (said, status), (expected, words) in zip(found, SAID[fault, guilty]):
-        assert status == expected, said
+        assert status == expected or (fault == "plans everything" and status == 1), said  # 1: at the next comparison
         assert not words or (DIFFERS if words[0].startswith(DIFFERS) else words[0]) in said, said
     assert seconds < TIMEOUT + LATE
 

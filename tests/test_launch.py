@@ -231,7 +231,7 @@ def test_what_measure_asks_for_can_be_measured(installed, gpus):
     """Every command is one that the benchmarks understand, on lengths that so many ranks can share."""
     folder, mark = installed
     mark("dev")
-    made = calls(folder, "measure.sh", "attention", "training", "longest", "faults", "--gpus", str(gpus))
+    made = calls(folder, "measure.sh", "attention", "dense", "training", "longest", "faults", "--gpus", str(gpus))
     assert made.pop().startswith("python -m pytest ")
     found = {}
     for call in made:
@@ -259,9 +259,9 @@ def test_measure_prints_goes_on_and_fails_with_what_failed(installed):
     mark("dev")
     python = folder / ".venv" / "bin" / "python"
     python.write_text(python.read_text() + 'case "$*" in *context-parallel*) exit 3 ;; esac\n')
-    said = launch(folder, "measure.sh", "attention", "faults", "--gpus", "2", expect=3)
+    said = launch(folder, "measure.sh", "attention", "dense", "faults", "--gpus", "2", expect=3)
     assert len((folder / "calls").read_text().splitlines()) == 3, "the others ran"
-    assert "--output bench/2-gpus/attention-acp" in said
+    assert "--output bench/2-gpus/attention" in said
     (folder / "calls").unlink()
     launch(folder, "measure.sh", "attention", "--gpus", "2", "--dry-run")
     assert not (folder / "calls").exists()

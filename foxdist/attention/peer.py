@@ -66,15 +66,18 @@ class PeerExchange:
             yield stage, memory.tables[stage], memory.borrowed[stage % UNDER_WAY]
             self._free[stage % UNDER_WAY] = streams.mark(self._device)
             if stage + UNDER_WAY < memory.slots.stages:
-                self._fetch(stage + UNDER_WAY)
+                streams.after(self._fetch(stage + UNDER_WAY))  # as in the beginning
 
-    def _fetch(self, stage: int) -> None:
+    def _fetch(self, stage: int) -> torch.cuda.Event | None:
+        """Begins to fetch the pages of a stage, at what it returns."""
         memory = self._memory
         with streams.aside(self._device):
             streams.after(self._free[stage % UNDER_WAY])
+            begins = streams.mark(self._device)
             into = memory.borrowed[stage % UNDER_WAY]
             copies.fetch(self._sources, memory.lenders[stage], self.needs.borrowed[stage], into, self._kernels)
             self._arrived.append(streams.mark(self._device))
+        return begins
 
     def gradients(self, stage: int) -> Pages:
         """Where the gradients of a stage's pages may be written at once, float32."""

@@ -27,6 +27,8 @@ class Symmetric:
         _held.add(self)
         self._ranks = tuple(dist.get_process_group_ranks(group))
         if device.type == "cuda":
+            # From a pool, ranks that share no group with others would get parts of other sizes than those.
+            os.environ.setdefault("TORCH_SYMMMEM_IMPLICIT_POOL", "0")
             import torch.distributed._symmetric_memory as symmetric_memory
 
             self._mine = symmetric_memory.empty(size, dtype=torch.uint8, device=device)

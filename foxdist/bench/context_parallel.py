@@ -19,7 +19,7 @@ from foxdist.attention.backends import BACKENDS, choose_backend
 from foxdist.attention.plan import SCHEDULES
 from foxdist.attention.transport import TRANSPORTS
 from foxdist.bench import gates as gate_kinds
-from foxdist.bench import layouts, spread, spread_report
+from foxdist.bench import layouts, processes, spread, spread_report
 from foxdist.bench.attention import check_gates, read_shapes
 from foxdist.bench.layouts import Point, Row
 from foxdist.bench.measure import DTYPES, SECONDS, Shape
@@ -58,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of timed calls for each set of inputs on a GPU, at least three; default: %(default)s",
     )
+    processes.add_option(parser)
     add("--backend", choices=BACKENDS, default="auto", help="of attention; default: %(default)s")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -103,7 +104,7 @@ def measure_into(result: dict[str, Any], points: list[Point], shapes: list[Shape
     """Adds to `result` what is measured, and writes it after every row: hours may end early. Whether this process
     speaks for all ranks."""
     launched = meshes.world_from_environment() > 1
-    call = Launched() if launched else Processes(max(chosen.ranks))
+    call = Launched() if launched else Processes(max(chosen.ranks), chosen.patience)
     try:
         machine = call(spread.look, chosen)
         result["setup"]["device"] = machine["device"]

@@ -4,10 +4,13 @@ A rank that fails leaves the others waiting for it inside a collective, so all a
 new ones. Nothing here makes the calling process touch a GPU.
 """
 
+import argparse
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -19,12 +22,21 @@ import torch.distributed as dist
 
 from foxdist import mesh as meshes
 from foxdist.config import ConfigError
+from foxdist.options import positive
+from foxdist.progress import name_ranks
 
 T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PATIENCE = 1800.0  # seconds: more than any row takes
 SECONDS = 10  # for ranks that have nothing to do to end by themselves
 LEFT = 2**28  # bytes of its GPU that a rank may hold after a call, as cuBLAS does; more, and all are started anew
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """How long a row may take."""
+    about = "until a row is given up, and ranks that hang are ended; default: %(default).0f"
+    parser.add_argument("--patience", type=positive, default=PATIENCE, metavar="SECONDS", help=about)
 
 
 class RankError(RuntimeError):
@@ -41,8 +53,9 @@ class Processes:
     first = True
     """Whether this process speaks for all ranks."""
 
-    def __init__(self, ranks: int):
-        self._ranks = ranks
+    def __init__(self, ranks: int, patience: float = PATIENCE):
+        """patience: seconds until a call is given up, as ranks that wait for each other do not end."""
+        self._ranks, self._patience = ranks, patience
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
@@ -86,8 +99,13 @@ class Processes:
         """In rank order: the result, and the bytes left on its GPU. Raises what the first rank that failed says."""
         answers: dict[int, tuple[Any, int]] = {}
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        end = time.monotonic() + self._patience
         while waiting:
-            for pipe in wait(list(waiting)):
+            ready = wait(list(waiting), timeout=end - time.monotonic())
+            if not ready:
+                self._dump()
+                raise RankError(f"no answer from {name_ranks(list(waiting.values()))} within {self._patience:.0f} s")
+            for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
                 try:
@@ -100,6 +118,13 @@ class Processes:
                     raise failed(value if failed is ConfigError else f"rank {rank}: {value}")
                 answers[rank] = value, left
         return [answers[rank] for rank in range(self._ranks)]
+
+    def _dump(self) -> None:
+        """The stacks of all ranks, to stderr."""
+        for worker, _ in self._workers:
+            if worker.pid:
+                os.kill(worker.pid, signal.SIGUSR1)
+        time.sleep(1)
 
 
 class Launched:
@@ -131,6 +156,7 @@ class Launched:
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however this ends: no rank stays behind with its GPU
+    faulthandler.register(signal.SIGUSR1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:

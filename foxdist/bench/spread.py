@@ -60,12 +60,13 @@ class Job(NamedTuple):
 
 
 def ways(shapes: list[Shape], sizes: list[int], chosen: argparse.Namespace) -> Iterator[Way]:
-    """Each layout, schedule and transport of each shape and number of ranks."""
+    """Each layout, schedule and transport of each shape and number of ranks, if they differ."""
     for size, shape in itertools.product(sizes, shapes):
         if size == 1:
             yield Way(shape, 1, None, None, None)
             continue
-        for layout, schedule, transport in itertools.product(chosen.layouts, chosen.schedules, chosen.transports):
+        schedules = chosen.schedules if size > 2 else chosen.schedules[:1]  # between two ranks there is one stage
+        for layout, schedule, transport in itertools.product(chosen.layouts, schedules, chosen.transports):
             yield Way(shape, size, layout, schedule, transport)
 
 
@@ -99,7 +100,7 @@ def _mesh(device: str) -> meshes.Mesh:
 
 @lru_cache
 def _group(size: int) -> dist.ProcessGroup:
-    return meshes.cp_group(range(size), timedelta(minutes=TIMEOUT))
+    return dist.new_group(range(size), timeout=timedelta(minutes=TIMEOUT))
 
 
 def _measure(group: dist.ProcessGroup, device: torch.device, job: Job) -> Row:

@@ -18,6 +18,7 @@ import torch
 
 from foxdist import config as configuration
 from foxdist import mesh as meshes
+from foxdist.bench import processes
 from foxdist.bench import train_report as report
 from foxdist.bench.cells import GATES, Cell, look, measure
 from foxdist.bench.gates import REGIMES
@@ -71,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=positive, metavar="N", help="processes, one a GPU; default: the largest --cp")
     add("--warmup", type=positive, metavar="N", help="steps before the timed ones; default: 3, with --longest 1")
     add("--steps", type=positive, metavar="N", help="timed steps; default: 8, with --longest 1")
+    processes.add_option(parser)
     add("--profile", type=Path, metavar="FILE", help="of one configuration, also the longest kernels; a Chrome trace")
     add("--longest", action="store_true", help="search the longest sequence that trains, in place of --lengths")
     add("--up-to", type=positive, default=2**21, metavar="T", help="where --longest ends; default: %(default)s")
@@ -93,7 +95,7 @@ def run(chosen: argparse.Namespace) -> int:
     _check_cells(chosen, cells, ranks, launched)
     if chosen.output:
         chosen.output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
-    call = Launched() if launched else Processes(ranks)
+    call = Launched() if launched else Processes(ranks, chosen.patience)
     try:
         setup = call(look, cells) | _setup(chosen, ranks, cells)
         result: dict[str, Any] = {"setup": setup, "rows": []}

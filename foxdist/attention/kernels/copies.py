@@ -16,7 +16,8 @@ from foxdist.layout import BLOCK
 # Programs of `fetch`: a peer's memory is read at full speed by 32 of them (313 GB/s of 333, two H200s), and the other
 # SMs are attention's meanwhile.
 FETCHERS = 32
-WORDS = 4096  # of 32 bits, that a fetching program has under way: 16 in each of its threads
+WORDS = 4096  # of 32 bits, of K and of V, that a fetching program has under way: 16 in each of its threads
+AHEAD = 8  # pages that it looks up together
 TOKENS = 32  # of a page that one program of the others takes
 
 
@@ -59,9 +60,10 @@ def fetch(sources: Sequence[Pages], source: torch.Tensor, row: torch.Tensor, out
     """See `attention.copies.fetch`. All pages contiguous; the sources may be other GPUs' memory."""
     device = out.k.device
     pointers = _pointers(device, tuple(x.data_ptr() for pages in sources for x in pages))
-    words = [x[0].numel() * x.element_size() // 4 for x in out]
+    k_words, _, c_words = (x[0].numel() * x.element_size() // 4 for x in out)
     launch(_fetch, (min(FETCHERS, len(row)),),
-        pointers, source, row, *(x.view(torch.int32) for x in out), len(row), *words, WORDS=WORDS, num_warps=8,
+        pointers, source, row, *(x.view(torch.int32) for x in out), len(row), k_words, c_words,
+        WORDS=WORDS, AHEAD=AHEAD, num_warps=8,
     )  # fmt: skip
 
 
@@ -80,26 +82,48 @@ def _pointers(device: torch.device, addresses: tuple[int, ...]) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["count"])
 def _fetch(
-    pointers, source_ptr, row_ptr, k_out, v_out, c_out, count, k_words, v_words, c_words, WORDS: tl.constexpr
+    pointers, source_ptr, row_ptr, k_out, v_out, c_out, count, k_words, c_words,
+    WORDS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    for r in range(tl.program_id(0), count, tl.num_programs(0)):
-        row = tl.load(row_ptr + r).to(tl.int64)
-        if row >= 0:
-            source = pointers + tl.load(source_ptr + r) * 3
-            _copy_row(source, k_out, row, r, k_words, WORDS)
-            _copy_row(source + 1, v_out, row, r, v_words, WORDS)
-            _copy_row(source + 2, c_out, row, r, c_words, WORDS)
+    programs = tl.num_programs(0)
+    lane = tl.arange(0, AHEAD)
+    for first in range(tl.program_id(0), count, AHEAD * programs):
+        # What there is to copy is looked up together: where little is needed, looking would take as long as copying.
+        at = first + lane * programs
+        rows = tl.load(row_ptr + at, mask=at < count, other=-1)
+        sources = tl.load(source_ptr + at, mask=at < count, other=0)
+        for i in range(AHEAD):
+            row = tl.sum(tl.where(lane == i, rows, 0))
+            if row >= 0:
+                source = pointers + tl.sum(tl.where(lane == i, sources, 0)) * 3
+                _copy(source, k_out, v_out, c_out, row, first + i * programs, k_words, c_words, WORDS)
 
 
 @triton.jit
-def _copy_row(pointer, out, row, r, words, WORDS: tl.constexpr):
-    """Row `r` of `out` is row `row` of what `pointer` points at; words: 32-bit numbers in a row."""
-    there = tl.load(pointer).to(tl.pointer_type(tl.int32))
-    there = tl.multiple_of(there, 16) + row * words
-    here = out + tl.cast(r, tl.int64) * words
-    for begin in range(0, words, WORDS):
+def _copy(source, k_out, v_out, c_out, row, to, k_words, c_words, WORDS: tl.constexpr):
+    """Row `to` of K, V and gate sums is row `row` of those that `source` points at; words: 32-bit numbers in a row, V's
+    as many as K's. All three are under way together, as the link's latency is what a copy takes."""
+    k = _place(source, row, k_words)
+    v = _place(source + 1, row, k_words)
+    c = _place(source + 2, row, c_words)
+    to = tl.cast(to, tl.int64)
+    k_here, v_here, c_here = k_out + to * k_words, v_out + to * k_words, c_out + to * c_words
+    for begin in range(0, tl.maximum(k_words, c_words), WORDS):
         lane = begin + tl.arange(0, WORDS)
-        tl.store(here + lane, tl.load(there + lane, mask=lane < words), mask=lane < words)
+        in_k, in_c = lane < k_words, lane < c_words
+        k_part = tl.load(k + lane, mask=in_k)
+        v_part = tl.load(v + lane, mask=in_k)
+        c_part = tl.load(c + lane, mask=in_c)
+        tl.store(k_here + lane, k_part, mask=in_k)
+        tl.store(v_here + lane, v_part, mask=in_k)
+        tl.store(c_here + lane, c_part, mask=in_c)
+
+
+@triton.jit
+def _place(pointer, row, words):
+    """Where row `row` begins of what `pointer` points at."""
+    there = tl.multiple_of(tl.load(pointer).to(tl.pointer_type(tl.int32)), 16)
+    return there + tl.cast(row, tl.int64) * words
 
 
 def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, in_turn: bool) -> Pages:

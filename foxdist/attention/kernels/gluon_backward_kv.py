@@ -65,7 +65,8 @@ def backward_kv(
     *,
     own: bool,
 ) -> None:
-    """Writes the gradients of the pool's used pages into `into`. See `kernels.launch`."""
+    """Writes the gradients of the pool's used pages into `into`, with one query head a K/V head of those that it meets.
+    See `kernels.launch`."""
     rows, _, heads, dim = queries.q.shape
     kv_heads, slots = page.shape[1:]
     _, pool_length, pool_heads, _ = pool.k.shape
@@ -138,7 +139,8 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr,
         first = gl.load(first_ptr + kv_head * group * slots + slot)
         last = gl.load(last_ptr + kv_head * group * slots + slot)
         upcoming = -1
-        if page >= 0:
+        # A slot may hold a page that nobody here meets; of several heads another may.
+        if (page >= 0) & ((last >= first) | (group > 1)):
             hand_out(kv_head, slot, page, first, last, n, work_s, work_full, work_empty)
             b, h, block = page_place(page, pool_heads, pool_blocks)
             mbarrier.wait(kv_empty.index(n % KB), ((n // KB) & 1) ^ 1)

@@ -158,7 +158,9 @@ def _backward_kv(
     work = tl.program_id(0) // PARTS
     row_head, slot = tl.load(heads_ptr + work // slots), work % slots
     page = tl.load(page_ptr + row_head * slots + slot)
-    if page < 0:
+    # A slot may hold a page that nobody here meets; of several heads another may.
+    met = tl.load(last_ptr + row_head * GROUP * slots + slot) >= tl.load(first_ptr + row_head * GROUP * slots + slot)
+    if (page < 0) | ((GROUP == 1) & (met == 0)):
         return
     row, kv_head = row_head // kv_heads, row_head % kv_heads
     pool_row, pool_head, block = find_page(page, row, kv_head, kv_heads, pool_heads, pool_blocks, OWN)
