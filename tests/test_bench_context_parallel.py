@@ -402,6 +402,7 @@ FINE = {
     "kv_dense(MiB)": 2.0,
     "busiest_pair(MiB)": 1.0,
     "exposed(ms)": 0.5,
+    "host(ms)": None,
     "peak_memory(MiB)": None,
 } | {f"{name}{which}(ms)": 5.0 for name in ("forward", "forward+backward") for which in ("", "_least", "_greatest")}
 

@@ -22,6 +22,7 @@ NAMES = ("out", "dq", "dk", "dv", "dlog_f")
 BACKWARD = 2.5
 CHECKED = (2048, 1931)  # tokens: whole blocks, and blocks with a rest
 SECONDS = 0.2  # of timed calls for each set of inputs on a GPU
+HOST_CALLS = 5
 L2_BYTES = 256 << 20  # more than any GPU's L2 cache holds
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MATMUL = {"cuda": 8192, "cpu": 1024}
@@ -212,6 +213,22 @@ def milliseconds(
     """
     times = _gpu_times(call, group, seconds) if device.type == "cuda" else _cpu_times(call, group)
     return slowest(list(times), device, group)
+
+
+def host_milliseconds(call: Callable[[], Any], device: torch.device) -> float | None:
+    """Until a call returns that begins with nothing to do on the GPU; None on a CPU, which does all of it itself.
+
+    Where it is more than the call's own time, the host is what takes that time.
+    """
+    if device.type != "cuda":
+        return None
+    times = []
+    for _ in range(HOST_CALLS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - begun))
+    return statistics.median(times)
 
 
 def slowest(times: list[float], device: torch.device, group: dist.ProcessGroup | None) -> list[float]:

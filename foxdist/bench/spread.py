@@ -182,21 +182,24 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
     both: list[list[float]] = [[] for _ in range(gates.layers)]
     silent: list[list[float]] = [[] for _ in range(gates.layers)]
     counts: list[Row] = []
-    memory = None
+    memory = host = None
     implementation = spread(cp, chosen)
     for seed in range(chosen.repeats * gates.layers):
         mine = part(measure.make_inputs(case, gates, seed), cp)
+        ready = measure.bind(implementation, mine)
+        if seed == 0:  # of the first call, which makes what stays for the next ones, and with what ranks share
+            memory = measure.peak_memory(ready.both, case.device)
+            memory = _most(memory and memory + bytes_held() / MIB, case.device, cp)
         if seed < gates.layers:
             counts.append(_counts(cp, mine, chosen))
-        ready = measure.bind(implementation, mine)
-        if seed == 0:  # with what stays for the next call, and what ranks share
-            memory = _most(measure.peak_memory(ready.both, case.device), case.device, cp)
 
         def timed(call: Callable[[], Any]) -> list[float]:
             return measure.milliseconds(call, case.device, cp.group, chosen.seconds)
 
         forward[seed % gates.layers] += timed(ready.forward)
         both[seed % gates.layers] += timed(ready.both)
+        if seed == 0:
+            host = _most(measure.host_milliseconds(ready.both, case.device), case.device, cp)
         with without_pages():
             silent[seed % gates.layers] += timed(ready.both)
     row: Row = {key: statistics.mean(each[key] for each in counts) for key in counts[0]}
@@ -207,7 +210,7 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
     row["exposed(ms)"] = row["forward+backward(ms)"] - alone if cp.size > 1 else None
     sent, needed = row["kv_sent(MiB)"], row["kv_needed(MiB)"]
     off = f"a rank sends {sent} MiB of K and V and should send {needed}, or ranks send one another's"
-    return row | {"peak_memory(MiB)": memory, "failed": off if row["ranks_off"] else None}
+    return row | {"host(ms)": host, "peak_memory(MiB)": memory, "failed": off if row["ranks_off"] else None}
 
 
 @contextmanager
@@ -226,9 +229,9 @@ def without_pages() -> Iterator[None]:
         yield
 
 
-def _most(memory: float | None, device: torch.device, cp: ContextParallel) -> float | None:
-    """Of all ranks, with what they share."""
-    return None if memory is None else measure.slowest([memory + bytes_held() / MIB], device, cp.group)[0]
+def _most(number: float | None, device: torch.device, cp: ContextParallel) -> float | None:
+    """The largest of all ranks."""
+    return None if number is None else measure.slowest([number], device, cp.group)[0]
 
 
 def _counts(cp: ContextParallel, mine: Inputs, chosen: argparse.Namespace) -> Row:

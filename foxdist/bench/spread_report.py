@@ -36,6 +36,7 @@ COLUMNS = (
     "forward, ms (range)",
     "forward + backward, ms (range)",
     "exposed, ms (of both)",
+    "host, ms",
     "speed-up, forward / both",
     "tiles kept",
     "most over mean",
@@ -148,12 +149,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
     if not timed(row):
         return (*_head(row), row["failed"].replace("|", "/"), *["-"] * (len(COLUMNS) - len(_head(row)) - 1))
-    memory, exposed = row["peak_memory(MiB)"], row["exposed(ms)"]
+    memory, exposed, host = row["peak_memory(MiB)"], row["exposed(ms)"], row["host(ms)"]
     return (
         *_head(row),
         time("forward"),
         time("forward+backward"),
         "-" if exposed is None else f"{exposed:.3g} ({100 * exposed / row['forward+backward(ms)']:.1f} %)",
+        "-" if host is None else _number(host),
         " / ".join(map(faster, ("forward", "forward+backward"))),
         f"{row['tiles_kept(%)']:.1f} %",
         f"{row['balance']:.2f}",
