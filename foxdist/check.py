@@ -1,6 +1,9 @@
 """What a configuration means before anything runs: mesh, parameters, tokens, memory. For `train.py --check`."""
 
+import torch
+
 from foxdist import shares
+from foxdist.attention.peer import room
 from foxdist.attention.predict import choose_layout
 from foxdist.config import Config, ConfigError, check_world, dump
 from foxdist.data.folder import open_folder
@@ -82,20 +85,27 @@ def _pieces(config: Config) -> str:
 
 
 def _memory(config: Config, world: int, parameters: int) -> list[str]:
-    """GiB a rank, to first order: what ZeRO keeps, and what backward needs of the forward."""
-    stage, bf16 = config.parallel.zero, config.train.precision == "bf16"
-    model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // config.parallel.cp
+    """GiB a rank, to first order: what ZeRO keeps, what backward needs of the forward, and, if the ranks of a sequence
+    share a host, what they reserve to read each other's K and V."""
+    stage, cp, bf16 = config.parallel.zero, config.parallel.cp, config.train.precision == "bf16"
+    model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // cp
     hidden, width = KEPT_BYTES[model.kind, config.train.precision][config.train.compile]
     block = hidden * model.hidden + width * model.mlp_width
     size = 2 if bf16 else 4
     # With checkpointing a block keeps its input, attention's output and its float32 lse; one block at a time is whole.
     checkpointed = 2 * size * model.hidden + 4 * model.heads
     kept = model.layers * checkpointed + block if config.train.activation_checkpointing else model.layers * block
+    shared = 0
+    if cp > 1 and config.parallel.transport != "nccl":
+        pages = config.train.micro_batch * model.groups * config.data.sequence_length // cp // BLOCK
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        shared = room(cp, config.parallel.schedule, pages, model.head_dim, model.heads // model.groups, dtype)
     parts = {
         "weights": size * parameters / (world if stage == 3 else 1),
         "gradients": 4 * parameters / (world if stage >= 2 else 1),
         "optimizer": (12 if bf16 else 8) * parameters / world,
         "activations": tokens * kept,
+        "K/V of other ranks on this host": shared,
     }
-    text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     return [f"memory      about {sum(parts.values()) / GIB:.1f} GiB a rank: {text}"]

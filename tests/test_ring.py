@@ -92,22 +92,39 @@ def attend_twice(rank, size, transport):
     """Whether memory that is freed in between changes nothing; bytes that ranks share, before that and after, and how
     many buffers of messages are left."""
     how = ("mixed", 2), "zigzag", "ring", Acp(logit_bound=4.0), True, transport
-    before, _ = attend(rank, size, *how)
-    shared = bytes_held()
-    dist.barrier()
-    let_go()
-    gc.collect()
-    left = bytes_held(), len(messages._buffers)
-    after, _ = attend(rank, size, *how)
-    return all(map(torch.equal, before, after)), shared, left
+    results, shared, left = [], [], []
+    for _ in range(2):
+        dist.barrier()
+        let_go()  # also of what other tests left here
+        gc.collect()
+        left.append((bytes_held(), len(messages._buffers)))
+        results.append(attend(rank, size, *how)[0])
+        shared.append(bytes_held())
+    return all(map(torch.equal, *results)), shared, left
 
 
 @pytest.mark.parametrize("transport", ["nccl", "peer"])
 def test_memory_of_exchanges_is_let_go(ranks, transport):
     for same, shared, left in ranks(2, attend_twice, transport):
         assert same
-        assert (shared > 0) == (transport == "peer")
-        assert left == (0, 0)
+        assert all((each > 0) == (transport == "peer") for each in shared)
+        assert left == [(0, 0)] * 2
+
+
+def reserved(rank, size, schedule):
+    """Bytes that one shape takes, as counted from what is there and as forecast."""
+    cp = ContextParallel(dist.group.WORLD, "zigzag", schedule, transport="peer")
+    rows, heads, group, dim, blocks = 2, 3, 2, 16, 12
+    memory = peer._memory(cp, peer.Shape(rows, heads, group, dim, blocks, torch.bfloat16, torch.device("cpu")))
+    found = memory.shelf.size + memory.grads.size
+    found += sum(x.nbytes for pages in (*memory.borrowed, *memory.returned) for x in pages)
+    return found, peer.room(size, schedule, rows * heads * blocks // size, dim, group, torch.bfloat16)
+
+
+@pytest.mark.parametrize("size, schedule", [(2, "auto"), (2, "ring"), (3, "gather"), (3, "ring")])
+def test_what_is_reserved_is_what_was_forecast(ranks, size, schedule):
+    for found, forecast in ranks(size, reserved, schedule):
+        assert found == forecast > 0
 
 
 def attend_in_kernels(rank, size, layout, schedule, transport="auto"):

@@ -313,6 +313,9 @@ def test_check_prints_the_arithmetic(data, tmp_path, capsys):
     assert "256 tokens a rank in 2 chunks (zigzag)" in said
     assert re.search(r"\ndata +\d+ sequences, 0\.\d\d epochs\n", said)
     assert "parameters" in said
+    assert ", K/V of other ranks on this host 0.00" in said
+    assert training.main(["--config", str(config), "parallel.transport=nccl", "--check", "--world", "4"]) == 0
+    assert "K/V of other ranks" not in capsys.readouterr().out
     assert training.main(["--config", str(config), "parallel.layout=auto", "--check", "--world", "4"]) == 0
     assert "256 tokens a rank (auto: zigzag on one host, contiguous over several)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

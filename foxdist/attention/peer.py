@@ -128,7 +128,7 @@ class _Memory:
         rows, heads, group, dim, blocks, dtype, device = shape
         self.heads = heads
         pairs = rows * heads
-        staged = _staged(cp, pairs * blocks * page_bytes(dim, 0, dtype))
+        staged = _staged(cp.size, cp.schedule, pairs * blocks * page_bytes(dim, 0, dtype))
         self.slots = slots = make_slots(cp.rank, cp.size, cp.layout, blocks, staged, device)
         own, borrowed = pairs * len(slots.own), pairs * slots.slots
         self._per_stage = (cp.size - 1) // slots.stages  # distances
@@ -186,8 +186,18 @@ def check_reachable(cp: ContextParallel, device: torch.device) -> None:
         )
 
 
-def _staged(cp: ContextParallel, bytes_of_all: int) -> bool:
+def room(size: int, schedule: str, pages: int, dim: int, group: int, dtype: torch.dtype) -> int:
+    """Bytes that a rank reserves for one shape. pages: of its own K and V, over batch rows and K/V heads. group: query
+    heads of a K/V head. size: P."""
+    staged = _staged(size, schedule, size * pages * page_bytes(dim, 0, dtype))
+    under_way = min(UNDER_WAY, size - 1) if staged else 1
+    borrowed = pages if staged else (size - 1) * pages
+    lent = 2 * pages + under_way * borrowed
+    return lent * page_bytes(dim, group, dtype) + 2 * under_way * borrowed * page_bytes(dim, group, torch.float32)
+
+
+def _staged(size: int, schedule: str, bytes_of_all: int) -> bool:
     """Whether each distance has a stage of its own. The host knows no plan to share them out by."""
-    if cp.schedule == "auto":
-        return cp.size > 3 and bytes_of_all > GATHERED
-    return cp.schedule == "ring"
+    if schedule == "auto":
+        return size > 3 and bytes_of_all > GATHERED
+    return schedule == "ring"
