@@ -86,7 +86,8 @@ def measure_here(job: Job) -> Row:
     on_gpu = mesh.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
-    found = meshes.broadcast(found)  # for which all wait
+    found = meshes.broadcast(found)
+    dist.barrier()
     let_go()
     if on_gpu:
         torch.cuda.empty_cache()
