@@ -278,6 +278,23 @@ def test_unused_slots_write_nothing():
     assert all((x[-1] == 7).all() and (x[:-1] != 7).all() for x in of_pool)
 
 
+@pytest.mark.usefixtures("large")
+def test_a_page_that_nobody_meets_is_left_out():
+    """Slots for all pages that causality allows hold such ones, where pruning leaves little."""
+    queries, _, (lent, table), grad = split(FP32, heads=2)
+    queries = queries._replace(start=queries.start.clone())
+    queries.start[:, 0] = queries.blocks.int()  # head 0 keeps nothing but the queries' own blocks
+    of_pool = Pages(*(torch.full_like(x, 7.0, dtype=FP32) for x in lent))
+    prepared = prepare(queries.q, grad, queries.c_in, torch.zeros_like(queries.c_in))
+    launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True, into=of_pool)
+    left, met = (pages[pages >= 0].tolist() for pages in (table.page[:, 0], table.page[:, 1]))
+    assert left
+    assert met
+    for x in of_pool:
+        assert (x[left] == 7).all()
+        assert (x[met] != 7).all()
+
+
 def test_an_empty_pool_without_earlier_results_is_empty():
     queries, _, (lent, table), _ = split(BF16)
     found = Partial(torch.full_like(queries.q, 7.0), torch.full_like(queries.c_in, 7.0))
