@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_a_rank_without_others_is_watched_too(data, tmp_path):
     values["parallel"] |= {"cp": 1, "hang_factor": 2}
     ((said, status),), seconds = run_with("hangs", 0, values, tmp_path, size=1)
     assert status == LOST, said
-    assert "where 3 s are allowed: rank 0 is at step 8, layer 1, forward; the stacks of its threads are in" in said
+    # Five seconds, or twice what steps take on a busy machine.
+    words = r"where \d+ s are allowed: rank 0 is at step 8, layer 1, forward; the stacks of its threads are in"
+    assert re.search(words, said), said
     assert LAST in said
     assert seconds < TIMEOUT + LATE
     assert "in sleep\n" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
