@@ -3,7 +3,6 @@
 A step is `train_step`, with everything in it: guard, clipping, optimizer. Only the data is made beforehand.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,10 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from foxdist import mesh as meshes
 from foxdist.attention.backends import choose_backend
-from foxdist.attention.exchange import let_go
 from foxdist.before_start import check_machine
 from foxdist.bench.gates import REGIMES
-from foxdist.bench.measure import slowest
+from foxdist.bench.measure import let_go_of_memory, slowest
 from foxdist.config import Config
 from foxdist.data.loader import Batch, shifted
 from foxdist.mesh import Mesh
@@ -78,12 +76,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     mesh = _mesh(cell.config)
     result = _measure(cell, mesh)
     torch.compiler.reset()  # the next model's blocks are other objects of the same code
-    _wait(mesh.device)
-    dist.barrier()
-    let_go()
-    gc.collect()
-    if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
+    let_go_of_memory(mesh.device)
     return result
 
 

@@ -145,7 +145,7 @@ def _called(about: Row, job: spread.Job, call: Processes | Launched) -> Row:
         if isinstance(call, Launched):  # whose other ranks wait for this one
             raise
         print(error, file=sys.stderr, flush=True)
-        return about | {"failed": str(error).strip().splitlines()[-1][:200]}
+        return about | {"failed": error.briefly}
 
 
 def _say(row: Row) -> None:

@@ -5,6 +5,7 @@ five products, 2.5 times that. `dense` rates count all of it, `kept` rates the t
 to an implementation that prunes (foxdist: that its own bound leaves).
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from foxdist.attention import Acp, AttentionStats, forgetting_attention, naive_forgetting_attention
+from foxdist.attention.exchange import let_go
 from foxdist.bench.gates import Gates
 from foxdist.bench.implementations import Implementation, direct
 
@@ -229,6 +231,17 @@ def host_milliseconds(call: Callable[[], Any], device: torch.device) -> float | 
         call()
         times.append(1000 * (time.perf_counter() - begun))
     return statistics.median(times)
+
+
+def let_go_of_memory(device: torch.device) -> None:
+    """Frees what a row leaves, exchanges' memory too. Every rank of the job calls."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+    let_go()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def slowest(times: list[float], device: torch.device, group: dist.ProcessGroup | None) -> list[float]:

@@ -42,6 +42,11 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 class RankError(RuntimeError):
     """A rank failed; its traceback is the text."""
 
+    @property
+    def briefly(self) -> str:
+        """Its last line, for a table."""
+        return str(self).strip().splitlines()[-1][:200]
+
 
 class OutOfMemory(RankError):
     """A rank had too little memory."""

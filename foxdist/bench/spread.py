@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from foxdist import mesh as meshes
 from foxdist.attention import Acp, AttentionStats, ContextParallel, copies, forgetting_attention, resolve
-from foxdist.attention.exchange import let_go
 from foxdist.attention.plan import Schedule
 from foxdist.attention.symmetric import Symmetric, bytes_held
 from foxdist.attention.transport import Transport
@@ -83,15 +82,8 @@ def measure_here(job: Job) -> Row:
     mesh = _mesh(job.chosen.device)
     group = _group(job.way.ranks)
     found = _measure(group, mesh.device, job) if mesh.rank < job.way.ranks else {}
-    on_gpu = mesh.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-    found = meshes.broadcast(found)
-    dist.barrier()
-    let_go()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    return found
+    measure.let_go_of_memory(mesh.device)
+    return meshes.broadcast(found)
 
 
 @lru_cache

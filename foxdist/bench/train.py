@@ -246,7 +246,7 @@ def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> R
         return row | {"failed": report.OUT_OF_MEMORY}
     except RankError as error:  # one that fails must not cost the others' numbers
         print(error, file=sys.stderr, flush=True)
-        return row | {"failed": str(error).strip().splitlines()[-1][:200]}
+        return row | {"failed": error.briefly}
 
 
 def longest(measured: Callable[[int], Row], unit: int, limit: int, room: float | None = None) -> Row:
