@@ -48,11 +48,16 @@ def tile_calls(family, dim, dtype, heads=2, borrowed=True):
     bounded, grad = torch.ones(1, heads).int(), torch.zeros_like(q)
     prepared = prepare(q, grad, c_in, c_in)
     launch.forward(family, queries, *own, bounded, None, partial=False)
-    launch.backward(family, queries, *own, prepared, own=True, partial=False)[1](None)
+    _halves(launch.backward(family, queries, *own, prepared, own=True, partial=False), None)
     if borrowed:
         launch.forward(family, queries, *lent, bounded, Partial(q.float(), c_in), partial=True)
-        _, add = launch.backward(family, queries, *lent, prepared, own=False, partial=True)
-        add(QueryGrads(q.float(), c_in))
+        of_lent = launch.backward(family, queries, *lent, prepared, own=False, partial=True)
+        _halves(of_lent, QueryGrads(q.float(), c_in))
+
+
+def _halves(backward, so_far):
+    backward.of_pool(None)
+    backward.add_queries(so_far)
 
 
 def gate_calls():

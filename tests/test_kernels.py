@@ -102,9 +102,9 @@ def by_kernels(queries, pools, grad, bounded=None, partial=False):
     for i, (pool, table) in enumerate(pools):
         more = partial or i + 1 < len(pools)
         found = launch.forward(RUN["family"], queries, pool, table, bounded, found, partial=more)
-        of_pool, add = launch.backward(RUN["family"], queries, pool, table, prepared, own=i == 0, partial=more)
-        so_far = add(so_far)
-        of_pools.append(of_pool)
+        halves = launch.backward(RUN["family"], queries, pool, table, prepared, own=i == 0, partial=more)
+        so_far = halves.add_queries(so_far)
+        of_pools.append(halves.of_pool(None))
     return found, so_far, of_pools
 
 
@@ -257,8 +257,8 @@ def test_rows_that_meet_nothing_are_untouched():
     so_far = QueryGrads(torch.zeros_like(out), torch.zeros_like(lse2))
     so_far.q.view(2, 3, BLOCK, 4, -1).movedim(3, 1)[~met] = 7.0
     so_far.row[~met] = 7.0
-    of_pool, add = launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True)
-    got = add(so_far)
+    halves = launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True)
+    of_pool, got = halves.of_pool(None), halves.add_queries(so_far)
     assert (got.row[~met] == 7).all()
     assert (got.q.view(2, 3, BLOCK, 4, -1).movedim(3, 1)[~met] == 7).all()
     assert (got.row[met] != 0).any(-1).sum() >= 8, "all but harsh heads"
@@ -286,7 +286,7 @@ def test_a_page_that_nobody_meets_is_left_out():
     queries.start[:, 0] = queries.blocks.int()  # head 0 keeps nothing but the queries' own blocks
     of_pool = Pages(*(torch.full_like(x, 7.0, dtype=FP32) for x in lent))
     prepared = prepare(queries.q, grad, queries.c_in, torch.zeros_like(queries.c_in))
-    launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True, into=of_pool)
+    launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True).of_pool(of_pool)
     left, met = (pages[pages >= 0].tolist() for pages in (table.page[:, 0], table.page[:, 1]))
     assert left
     assert met
@@ -356,8 +356,8 @@ def test_gradients_match_the_definition(dtype):
         def backward(ctx, grad):
             queries = ctx.given[0]
             prepared = prepare(ctx.found.out, grad, queries.c_in, ctx.found.lse2)
-            of_pool, add = launch.backward(RUN["family"], *ctx.given, prepared, own=True, partial=False)
-            of_queries = add(None)
+            halves = launch.backward(RUN["family"], *ctx.given, prepared, own=True, partial=False)
+            of_pool, of_queries = halves.of_pool(None), halves.add_queries(None)
             dc = of_queries.row + of_pool.c_in
             totals = dc.double().sum(-1)
             later = totals.flip(-1).cumsum(-1).flip(-1) - totals

@@ -1,8 +1,11 @@
 """The query side of attention tiles, and its gradients, as every tile implementation takes and returns them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from foxdist.attention.pages import Pages
 
 
 class Queries(NamedTuple):
@@ -30,3 +33,12 @@ class QueryGrads(NamedTuple):
 
     q: torch.Tensor  # [B, T, H, D]
     row: torch.Tensor  # [B, H, n, BLOCK] float32: the row part of dc
+
+
+class Backward(NamedTuple):
+    """The two halves of backward over one pool. Each is computed when it is called: once, whichever comes first."""
+
+    of_pool: Callable[[Pages | None], Pages]
+    """The pool's gradients, float32 ones where it is told, if it is."""
+    add_queries: Callable[[QueryGrads | None], QueryGrads]
+    """The queries' gradients added to what it is given; the rank's own pool begins their sum, with None."""

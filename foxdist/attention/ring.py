@@ -8,10 +8,10 @@ Forward, on every rank:
     attention over own blocks                             | meanwhile
     for each stage: attention over its pages, merged; the pages of the stage after next travel
 
-Backward walks the same stages: it borrows the pages again (so that memory never exceeds two stages') and finds their
-gradients first, which travel home while those of the own pages and of the queries are made. There they are added in
-float32 in a fixed order. The gate's gradient is a suffix sum over the sequence: per-block sums are gathered, as in the
-forward.
+Backward walks the same stages: it borrows the pages again (so that memory never exceeds two stages'), which arrive
+while the queries' gradients over the own pages are made. Those of borrowed pages come next, and travel home while those
+of the own pages, and the queries' over borrowed ones, are made. At home they are added in float32 in a fixed order. The
+gate's gradient is a suffix sum over the sequence: per-block sums are gathered, as in the forward.
 """
 
 from dataclasses import dataclass, replace
@@ -169,23 +169,22 @@ def _gradients(
     backend: str,
 ) -> tuple[QueryGrads, Pages]:
     """The queries' and the own pages' gradients, over all pools; borrowed pages' go home on the way."""
+    several = exchange is not None
+    of_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=several)
     if exchange is None:
-        of_pool, add_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=False)
-        return add_own(None), of_pool
-    of_queries: QueryGrads | None = None
+        of_pool = of_own.of_pool(None)
+        return of_own.add_queries(None), of_pool
+    of_queries = of_own.add_queries(None)  # while the first pages arrive
     of_pool, last = pool, -1  # until the first stage
     for stage, table, borrowed in exchange:
-        into = exchange.gradients(stage)
-        of_lent, add = tiles.backward(backend, queries, borrowed, table, prepared, own=False, partial=True, into=into)
-        exchange.give_back(stage, of_lent)
-        if of_queries is None:
-            of_pool, add_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=True)
-            of_queries = add_own(None)
-        of_queries = add(of_queries)
+        of_lent = tiles.backward(backend, queries, borrowed, table, prepared, own=False, partial=True)
+        exchange.give_back(stage, of_lent.of_pool(exchange.gradients(stage)))
+        if last < 0:
+            of_pool = of_own.of_pool(None)  # while the first gradients are on their way home
+        of_queries = of_lent.add_queries(of_queries)
         if last >= 0:
             of_pool = exchange.take_back(last, of_pool, torch.float32)
         last = stage
-    assert of_queries is not None, "an exchange has a stage"
     return of_queries, exchange.take_back(last, of_pool, pool.k.dtype)
 
 

@@ -4,16 +4,14 @@
 there on every machine.
 """
 
-from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from foxdist.attention import gates, tiles_torch
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import BlockTable, Pages
-from foxdist.attention.queries import Prepared, Queries, QueryGrads
-
-AddQueries = Callable[[QueryGrads | None], QueryGrads]
+from foxdist.attention.queries import Backward, Prepared, Queries, QueryGrads
 
 
 def make_schedule(backend: str, queries: Queries, table: BlockTable) -> torch.Tensor:
@@ -80,30 +78,36 @@ def backward(
     *,
     own: bool,
     partial: bool,
-    into: Pages | None = None,
-) -> tuple[Pages, AddQueries]:
-    """Gradients of the attention over the pool: the pool's, and a function that adds the queries' to what it is given.
-
-    So what the pool's owner waits for is there first. The rank's own pool begins the queries' sum, with None.
+) -> Backward:
+    """Gradients of the attention over the pool, in two halves, so that what others wait for, or what waits for nobody,
+    comes first.
 
     The column part of dc stands in `c_in` of the pool's with its sign, so that dc = row part + column part. own: the
-    pool is the rank's own. partial: sums go on, in float32; else dq, dk and dv have the inputs' dtype. into: where the
-    pool's may be written, float32, contiguous; pages that no query here meets need not be.
+    pool is the rank's own. partial: sums go on, in float32; else dq, dk and dv have the inputs' dtype. Where the pool's
+    are told to be written has to be contiguous; those of pages that no query here meets need not be.
     """
     if not len(pool.k):  # this rank only lends in this stage
-        return Pages(*(x.float() for x in pool)), _unchanged
-    if backend == "torch":
-        dtype = torch.float32 if partial else queries.q.dtype
-        of_queries, of_pool = tiles_torch.backward(queries, pool, table, prepared)
+        return Backward(lambda _: Pages(*(x.float() for x in pool)), _unchanged)
+    if backend != "torch":
+        from foxdist.attention.kernels import launch
 
-        def add(so_far: QueryGrads | None) -> QueryGrads:
-            q, row = of_queries if so_far is None else (so_far.q.add_(of_queries.q), so_far.row.add_(of_queries.row))
-            return QueryGrads(q.to(dtype), row)
+        return launch.backward(backend, queries, pool, table, prepared, schedule, own=own, partial=partial)
+    dtype = torch.float32 if partial else queries.q.dtype
 
-        return of_pool._replace(k=of_pool.k.to(dtype), v=of_pool.v.to(dtype)), add
-    from foxdist.attention.kernels import launch
+    @cache
+    def both() -> tuple[QueryGrads, Pages]:
+        return tiles_torch.backward(queries, pool, table, prepared)
 
-    return launch.backward(backend, queries, pool, table, prepared, schedule, own=own, partial=partial, into=into)
+    def of_pool(_: Pages | None) -> Pages:
+        found = both()[1]
+        return found._replace(k=found.k.to(dtype), v=found.v.to(dtype))
+
+    def add_queries(so_far: QueryGrads | None) -> QueryGrads:
+        more = both()[0]
+        q, row = more if so_far is None else (so_far.q.add_(more.q), so_far.row.add_(more.row))
+        return QueryGrads(q.to(dtype), row)
+
+    return Backward(of_pool, add_queries)
 
 
 def _unchanged(so_far: QueryGrads | None) -> QueryGrads:

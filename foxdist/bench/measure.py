@@ -211,7 +211,8 @@ def milliseconds(
     """Of one call on a CPU; on a GPU of 3 to 50, as many as `seconds` have room for, by events, after one that warms up
     and one that is timed to know how many, with nothing of use in L2.
 
-    group: ranks that must all do so. They begin every call together, and its time is that of the slowest.
+    group: ranks that must all do so. They begin every call together, and its time is that of the slowest. On GPUs it is
+    the devices that wait for each other: the host gets ahead of them as in training, where it has other work to give.
     """
     times = _gpu_times(call, group, seconds) if device.type == "cuda" else _cpu_times(call, group)
     return slowest(list(times), device, group)
@@ -263,11 +264,12 @@ def _cpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None) -> Iter
 
 def _gpu_times(call: Callable[[], Any], group: dist.ProcessGroup | None, seconds: float) -> Iterator[float]:
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    together = torch.zeros(1, device="cuda")
 
     def timed() -> tuple[torch.cuda.Event, torch.cuda.Event]:
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if group:
-            dist.barrier(group)  # before the flush, during which the host gets ahead, as with one rank
+            dist.all_reduce(together, group=group)  # no barrier, at which the host would wait for its device
         flush.zero_()
         begun.record()
         call()

@@ -4,7 +4,6 @@ A family is a module with `forward`, `backward_kv` and `backward_q`: "triton" or
 """
 
 import importlib
-from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -14,7 +13,7 @@ from foxdist.attention.kernels.operands import aligned
 from foxdist.attention.kernels.schedule import make_schedule
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import BlockTable, Pages
-from foxdist.attention.queries import Prepared, Queries, QueryGrads
+from foxdist.attention.queries import Backward, Prepared, Queries, QueryGrads
 
 
 def forward(
@@ -60,35 +59,36 @@ def backward(
     *,
     own: bool,
     partial: bool,
-    into: Pages | None = None,
-) -> tuple[Pages, Callable[[QueryGrads | None], QueryGrads]]:
-    """Gradients of the attention over the pool: the pool's, and a function that adds the queries' to what it is given.
+) -> Backward:
+    """Gradients of the attention over the pool, each half launched when it is asked for; see `tiles.backward`.
 
-    The function gets None for the rank's own pool, and float32 tensors for any other, which it uses up. The column part
-    of dc stands in `c_in` of the pool's with its sign. partial: more sums follow, on both sides, and gradients stay
-    float32; else they have the inputs' dtype. into: where the pool's go, float32, contiguous; those of pages that no
-    slot holds are not written. schedule: as in `forward`, whose own will do.
+    The queries' sum begins with None at the rank's own pool; any other pool gets float32 tensors, which it uses up. The
+    column part of dc stands in `c_in` of the pool's with its sign. partial: more sums follow, on both sides, and
+    gradients stay float32; else they have the inputs' dtype. Those of pages that no slot holds are not written.
+    schedule: as in `forward`, whose own will do.
     """
     queries, pool = _aligned(queries, pool)
     kept = torch.float32 if partial else queries.q.dtype
-    if into is None:
-        k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
-        into = Pages(k, v, torch.empty_like(pool.c_in))
     page = table.page.contiguous()
-    if schedule is None:
-        schedule = make_schedule(queries, table)
+    order = make_schedule(queries, table) if schedule is None else schedule
     kernels = _kernels(family, "backward")
-    kernels.backward_kv(queries, pool, schedule, page, *prepared, into, own=own)
 
-    def add(so_far: QueryGrads | None) -> QueryGrads:
+    def of_pool(into: Pages | None) -> Pages:
+        if into is None:
+            k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
+            into = Pages(k, v, torch.empty_like(pool.c_in))
+        kernels.backward_kv(queries, pool, order, page, *prepared, into, own=own)
+        return into
+
+    def add_queries(so_far: QueryGrads | None) -> QueryGrads:
         assert own == (so_far is None), "every query block meets the own pool, and may meet nothing of another"
         if so_far is None:
             dq = torch.empty(queries.q.shape, dtype=kept, device=queries.q.device)
             so_far = QueryGrads(dq, torch.empty_like(queries.c_in))
-        kernels.backward_q(queries, pool, schedule, page, *prepared, so_far, own=own, add=not own)
+        kernels.backward_q(queries, pool, order, page, *prepared, so_far, own=own, add=not own)
         return so_far if partial else so_far._replace(q=so_far.q.to(kept))
 
-    return into, add
+    return Backward(of_pool, add_queries)
 
 
 @lru_cache
