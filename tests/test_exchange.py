@@ -12,7 +12,7 @@ from test_plan import plan_of, starts, travelling
 
 from foxdist.attention import copies
 from foxdist.attention.needs import find_needs
-from foxdist.attention.pages import Pages, page_bytes, pages_in
+from foxdist.attention.pages import Pages, PoolGrads, page_bytes, pages_in
 from foxdist.attention.slots import make_slots
 from foxdist.attention.symmetric import reachable
 from foxdist.layout import BLOCK, blocks_of, chunk_count
@@ -83,6 +83,7 @@ def empty_pages(count, dtype, dim=16, group=2):
     )
 
 
+EPS = {torch.float32: 0, torch.bfloat16: torch.finfo(torch.bfloat16).eps}  # the interpreter cuts off
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 DIM = pytest.mark.parametrize("dim", [16, 24])  # a kernel's lanes are powers of 2
 
@@ -133,15 +134,25 @@ def test_returned_gradients_are_added_in_order(dtype, dim):
     returned = empty_pages(4, torch.float32, dim)
     for x in returned:
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
-    found = [copies.add(pool_of(torch.float32, dim), where, returned, dtype, kernels) for kernels in (False, True)]
+    ending = torch.tensor([0, 1, -1, -1, 4, *[-1] * 6, 11], dtype=torch.int32)
     before = pool_of(torch.float32, dim)
-    assert found[0].k.dtype == dtype
-    assert found[0].c_in.dtype == torch.float32
-    for a, b in zip(*found):
-        assert torch.allclose(a, b, rtol=torch.finfo(a.dtype).eps if a.dtype == torch.bfloat16 else 0, atol=0)
     expected = before.by_page()[0].flatten(0, 2)[1] + returned.k[0, :, 0] + returned.k[3, :, 0]
-    assert torch.equal(found[0].by_page()[0].flatten(0, 2)[1], expected.to(dtype))
-    assert torch.equal(found[0].by_page()[0].flatten(0, 2)[2], before.by_page()[0].flatten(0, 2)[2].to(dtype))
+    found = []
+    for kernels in (False, True):
+        sums = pool_of(torch.float32, dim)
+        done = Pages(*(torch.full_like(x, 7.0, dtype=dtype) for x in sums[:2]), sums.c_in)
+        copies.add(PoolGrads(sums, done), where, returned, ending, kernels)
+        k = done.by_page()[0].flatten(0, 2)
+        assert torch.allclose(k[1], expected.to(dtype), rtol=EPS[dtype], atol=0)
+        assert torch.allclose(k[4], before.by_page()[0].flatten(0, 2)[4].to(dtype), rtol=EPS[dtype], atol=0)
+        assert (k[2] == 7).all(), "it goes on"
+        more = pool_of(torch.float32, dim)
+        copies.add(PoolGrads(more), where, returned, None, kernels)
+        assert torch.equal(more.by_page()[0].flatten(0, 2)[1], expected)
+        found.append([*more, sums.c_in, *done])
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=EPS[a.dtype], atol=0)
+    assert torch.equal(more.by_page()[0].flatten(0, 2)[2], before.by_page()[0].flatten(0, 2)[2])
 
 
 def can_reach(rank, size, numbers, gpus, count):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from foxdist.attention.pages import Pages
+from foxdist.attention.pages import Pages, PoolGrads
 
 
 def gather(pool: Pages, lent: torch.Tensor, out: Pages, kernels: bool) -> None:
@@ -35,24 +35,36 @@ def fetch(sources: Sequence[Pages], source: torch.Tensor, row: torch.Tensor, out
 
 
 def add(
-    total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, kernels: bool, *, in_turn: bool = False
-) -> Pages:
-    """`total` plus, for each page of it, rows where[0, page], where[1, page], ... of `returned`, in this order.
+    total: PoolGrads,
+    where: torch.Tensor,
+    returned: Pages,
+    ending: torch.Tensor | None,
+    kernels: bool,
+    *,
+    in_turn: bool = False,
+) -> None:
+    """Adds to each page of `total.sums`, float32, rows where[0, page], where[1, page], ... of `returned`, in this
+    order.
 
-    total: gradients of a rank's own pages, float32, used up. where: [Q, pages] int32. in_turn: `returned` has Q rows of
-    pages in turn, and `where` only says which to add. Returns K and V in `dtype`.
+    where: [Q, pages] int32. in_turn: `returned` has Q rows of pages in turn, and `where` only says which to add.
+    ending: [pages] int32: those that are not -1 are complete now, and K and V of them go to `total.done`, if there is
+    one; None: no page is.
     """
     if kernels:
-        return _kernels().add(total, where, returned, dtype, in_turn)
+        _kernels().add(total, where, returned, ending, in_turn)
+        return
     if in_turn:
         turns = torch.arange(where.numel(), dtype=where.dtype, device=where.device).view_as(where)
         where = torch.where(where >= 0, turns, -1)
     for rows in where:
         pages = (rows >= 0).nonzero()[:, 0]
-        for x, part in zip(total.by_page(), returned):
+        for x, part in zip(total.sums.by_page(), returned):
             place = torch.unravel_index(pages, x.shape[:3])
             x[place] = x[place] + part[rows[pages].long()].view(len(pages), *x.shape[3:])
-    return total._replace(k=total.k.to(dtype), v=total.v.to(dtype))
+    if ending is not None and total.done is not None:
+        place = torch.unravel_index((ending >= 0).nonzero()[:, 0], total.sums.by_page()[0].shape[:3])
+        for x, into in zip(total.sums.by_page()[:2], total.done.by_page()):
+            into[place] = x[place].to(into.dtype)
 
 
 def _kernels() -> Any:

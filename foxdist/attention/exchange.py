@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from foxdist.attention import messages, peer
-from foxdist.attention.pages import BlockTable, Pages
+from foxdist.attention.pages import BlockTable, Pages, PoolGrads
 from foxdist.attention.peer import check_reachable
 from foxdist.attention.symmetric import reachable
 from foxdist.attention.transport import ContextParallel
@@ -20,6 +20,14 @@ from foxdist.log import log
 
 class Exchange(Protocol):
     """The pages that one call borrows, on their way when it is made. Every rank makes one and walks through it."""
+
+    @property
+    def stages(self) -> int:
+        """How many there are, at least one."""
+
+    @property
+    def lent(self) -> torch.Tensor:
+        """[pages] int32, of the own ones: -1 for those that nobody borrows, in no stage."""
 
     def __iter__(self) -> Iterator[tuple[int, BlockTable, Pages]]:
         """The stages in turn: number, where the borrowed pages are, and the pages, which stay until the next stage."""
@@ -30,9 +38,9 @@ class Exchange(Protocol):
     def give_back(self, stage: int, grads: Pages) -> None:
         """Sends the gradients of a stage's pages home."""
 
-    def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:
-        """`total`, float32 gradients of the own pages, which is used up, plus those of a stage that come home, always
-        in the same order. K and V in `dtype`."""
+    def take_back(self, stage: int, total: PoolGrads) -> None:
+        """Adds to the own pages' gradients those of a stage that come home, always in the same order; after the last
+        stage, `total` is complete."""
 
 
 def resolve(cp: ContextParallel, device: torch.device) -> ContextParallel:

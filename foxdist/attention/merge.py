@@ -12,6 +12,13 @@ class Partial(NamedTuple):
 
     out: torch.Tensor  # [B, T, H, D]
     lse2: torch.Tensor  # [B, H, n, BLOCK] float32: base-2 logarithm of the sum of exp(logit)
+    done: torch.Tensor | None = None
+    """Like `out` in the inputs' dtype: where kernels write rows that meet no pool after this one. `out` is then float32
+    and has only those that do."""
+
+    def finished(self, dtype: torch.dtype) -> torch.Tensor:
+        """[B, T, H, D] in `dtype`, the inputs', once all pools were met."""
+        return self.out.to(dtype) if self.done is None else self.done
 
 
 def merge(one: Partial, other: Partial) -> Partial:

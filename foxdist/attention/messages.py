@@ -6,13 +6,13 @@ plan, which both sides know. Decides nothing about what to send and computes no 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 from foxdist.attention import copies, streams
-from foxdist.attention.pages import BlockTable, Pages, page_bytes
+from foxdist.attention.pages import BlockTable, Pages, PoolGrads, page_bytes
 from foxdist.attention.plan import UNDER_WAY, Plan, Travelling
 from foxdist.attention.transport import ContextParallel, Swap
 from foxdist.layout import BLOCK, blocks_of
@@ -43,9 +43,7 @@ def make_route(
     """The route of `rank` in the stage of `plan` that covers `distances`, made in the current stream for `users`."""
     rows, heads = plan.need.shape[:2]
     lent, borrowed = plan.lent(rank, distances), plan.borrowed(rank, distances)
-    own = _own(rank, plan.size, plan.blocks, plan.layout)
-    # The own pool is ordered (batch row, K/V head, block), blocks ascending.
-    pages = (lent.pair * len(own) + np.searchsorted(own, lent.block)).astype(np.int32)
+    pages = _own_pages(plan, rank, lent)
     counts = lent.counts[sorted((rank + d) % plan.size for d in distances)]
     where = np.full((len(counts), plan.own), -1, np.int32)
     where[np.repeat(np.arange(len(counts)), counts), pages] = np.arange(len(pages))
@@ -58,6 +56,12 @@ def make_route(
     parts = streams.to_device(together, device, *users).split(room)
     ours, theirs, table = (part[: x.size].view(x.shape) for part, x in zip(parts, tables))
     return Route(lent.counts.tolist(), borrowed.counts.tolist(), ours, theirs, BlockTable(*table))
+
+
+def _own_pages(plan: Plan, rank: int, lent: Travelling) -> np.ndarray:
+    """[M] int32: where they stand in the own pool, which is ordered (batch row, K/V head, block), blocks ascending."""
+    own = _own(rank, plan.size, plan.blocks, plan.layout)
+    return (lent.pair * len(own) + np.searchsorted(own, lent.block)).astype(np.int32)
 
 
 @lru_cache(maxsize=64)
@@ -83,20 +87,21 @@ class MessageExchange:
         self._cp, self.plan, self._pool, self._kernels = cp, plan, pool, kernels
         self._device = pool.k.device
         self._stages = plan.stages(cp.schedule, pool.bytes_each()[0])
+        self.stages = len(self._stages)
         self._posted: list[tuple[Route, Swap]] = []
         self._returning: list[Swap] = []
         self.sent_pages = self.messages = 0
         self._free = [streams.mark(self._device)] * UNDER_WAY
-        for stage in range(min(UNDER_WAY, len(self._stages))):
+        for stage in range(min(UNDER_WAY, self.stages)):
             self._post(stage)
 
     def __iter__(self) -> Iterator[tuple[int, BlockTable, Pages]]:
         """The stages in turn: number, where the borrowed pages are, and the pages, which stay until the next."""
-        for stage in range(len(self._stages)):
+        for stage in range(self.stages):
             route, swap = self._posted[stage]
             yield stage, route.table, _solid(_pages(swap.wait(), self._pool, self._pool.k.dtype))
             self._free[stage % UNDER_WAY] = streams.mark(self._device)
-            if stage + UNDER_WAY < len(self._stages):
+            if stage + UNDER_WAY < self.stages:
                 self._post(stage + UNDER_WAY)
 
     def _post(self, stage: int) -> None:
@@ -118,12 +123,21 @@ class MessageExchange:
 
     def _under_way(self, swap: Swap, packed: torch.cuda.Event | None) -> None:
         """Back in the current stream, with messages posted beside it."""
-        streams.after(packed)  # attention takes all SMs for as long as it runs: messages must have theirs first
+        streams.give_way(packed)
         if not self._cp.overlap:
             swap.finish()
 
     def _name(self, what: str, stage: int) -> str:
-        return f"{what}, stage {stage + 1} of {len(self._stages)}"
+        return f"{what}, stage {stage + 1} of {self.stages}"
+
+    @cached_property
+    def lent(self) -> torch.Tensor:
+        """[pages] int32, of the own ones: -1 for those that nobody borrows."""
+        anywhere = tuple(range(1, self._cp.size))
+        pages = _own_pages(self.plan, self._cp.rank, self.plan.lent(self._cp.rank, anywhere))
+        lent = np.full(self.plan.own, -1, np.int32)
+        lent[pages] = pages
+        return streams.to_device(lent, self._device)
 
     def gradients(self, stage: int) -> None:
         """Gradients are packed into messages: they may be written anywhere."""
@@ -143,10 +157,11 @@ class MessageExchange:
         self._under_way(swap, packed)
         self._returning.append(swap)
 
-    def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:
-        """`total`, gradients of the own pages in float32, plus those that others gave back; K and V in `dtype`."""
-        returned = _pages(self._returning[stage].wait(), total, torch.float32)
-        return copies.add(total, self._posted[stage][0].where, returned, dtype, self._kernels)
+    def take_back(self, stage: int, total: PoolGrads) -> None:
+        """Adds to the own pages' gradients those that others gave back."""
+        returned = _pages(self._returning[stage].wait(), total.sums, torch.float32)
+        ending = self.lent if stage + 1 == self.stages else None
+        copies.add(total, self._posted[stage][0].where, returned, ending, self._kernels)
 
     def _rows(self, name: str, stage: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """[count, W] int32, memory of that name which stays: two of each, for stages in turn.

@@ -35,6 +35,19 @@ class Pages(NamedTuple):
         return 2 * BLOCK * self.k.shape[3] * self.k.element_size(), BLOCK * self.group * self.c_in.element_size()
 
 
+class PoolGrads(NamedTuple):
+    """Gradients of a pool of pages."""
+
+    sums: Pages
+    done: Pages | None = None
+    """Like `sums` in the inputs' dtype, with the same `c_in`: where kernels write K and V of pages that nobody borrows.
+    `sums` is then float32 and has only K and V of those that somebody does."""
+
+    def finished(self, dtype: torch.dtype) -> Pages:
+        """All of it, K and V in `dtype`, the inputs', once nothing more is added."""
+        return self.done or self.sums._replace(k=self.sums.k.to(dtype), v=self.sums.v.to(dtype))
+
+
 def page_bytes(dim: int, group: int, dtype: torch.dtype) -> int:
     """Bytes of one page: K, V and the gate sums of `group` query heads."""
     return 2 * BLOCK * dim * dtype.itemsize + BLOCK * group * 4

@@ -19,7 +19,7 @@ import torch
 
 from foxdist.attention import copies, streams
 from foxdist.attention.needs import find_needs
-from foxdist.attention.pages import BlockTable, Pages, page_bytes, pages_in
+from foxdist.attention.pages import BlockTable, Pages, PoolGrads, page_bytes, pages_in
 from foxdist.attention.plan import GATHERED, UNDER_WAY
 from foxdist.attention.slots import Needs, make_slots
 from foxdist.attention.symmetric import Symmetric, reachable
@@ -48,9 +48,18 @@ class PeerExchange:
             copies.gather(pool, self.needs.lent, shelf[cp.rank], kernels)
             memory.shelf.barrier("pages")
             laid_out = streams.mark(self._device)
-        for stage in range(min(UNDER_WAY, memory.slots.stages)):
+        for stage in range(min(UNDER_WAY, self.stages)):
             self._fetch(stage)
-        streams.after(laid_out)  # attention takes all SMs for as long as it runs: the copies must have theirs first
+        streams.give_way(laid_out)
+
+    @property
+    def stages(self) -> int:
+        return self._memory.slots.stages
+
+    @property
+    def lent(self) -> torch.Tensor:
+        """[pages] int32, of the own ones: -1 for those that nobody borrows."""
+        return self.needs.lent
 
     def really_needed(self, start: torch.Tensor) -> Needs:
         """What `start` needs; what travels is that, but in a dry run."""
@@ -61,12 +70,12 @@ class PeerExchange:
     def __iter__(self) -> Iterator[tuple[int, BlockTable, Pages]]:
         """The stages in turn: number, where the borrowed pages are, and the pages, which stay until the next."""
         memory = self._memory
-        for stage in range(memory.slots.stages):
+        for stage in range(self.stages):
             streams.after(self._arrived[stage])
             yield stage, memory.tables[stage], memory.borrowed[stage % UNDER_WAY]
             self._free[stage % UNDER_WAY] = streams.mark(self._device)
-            if stage + UNDER_WAY < memory.slots.stages:
-                streams.after(self._fetch(stage + UNDER_WAY))  # as in the beginning
+            if stage + UNDER_WAY < self.stages:
+                streams.give_way(self._fetch(stage + UNDER_WAY))
 
     def _fetch(self, stage: int) -> torch.cuda.Event | None:
         """Begins to fetch the pages of a stage, at what it returns."""
@@ -92,20 +101,21 @@ class PeerExchange:
         written = streams.mark(self._device)
         with streams.aside(self._device):
             streams.after(written)
-            memory.grads.barrier(f"gradients, stage {stage + 1} of {memory.slots.stages}")
+            memory.grads.barrier(f"gradients, stage {stage + 1} of {self.stages}")
             there = streams.mark(self._device)
             back = memory.of_stage(self.needs.back, stage).flatten()
             sources, into = memory.gradients[stage % UNDER_WAY], memory.returned[stage % UNDER_WAY]
             copies.fetch(sources, memory.borrowers[stage], back, into, self._kernels)
             self._returned.append(streams.mark(self._device))
-        streams.after(there)  # as above
+        streams.give_way(there)
 
-    def take_back(self, stage: int, total: Pages, dtype: torch.dtype) -> Pages:
-        """`total`, gradients of the own pages in float32, plus those that `give_back` fetched; K and V in `dtype`."""
+    def take_back(self, stage: int, total: PoolGrads) -> None:
+        """Adds to the own pages' gradients those that `give_back` fetched."""
         memory = self._memory
         streams.after(self._returned[stage])
         back, returned = memory.of_stage(self.needs.back, stage), memory.returned[stage % UNDER_WAY]
-        return copies.add(total, back, returned, dtype, self._kernels, in_turn=True)
+        ending = self.lent if stage + 1 == self.stages else None
+        copies.add(total, back, returned, ending, self._kernels, in_turn=True)
 
 
 class Shape(NamedTuple):

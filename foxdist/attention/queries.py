@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from foxdist.attention.pages import Pages
+from foxdist.attention.pages import Pages, PoolGrads
 
 
 class Queries(NamedTuple):
@@ -33,12 +33,18 @@ class QueryGrads(NamedTuple):
 
     q: torch.Tensor  # [B, T, H, D]
     row: torch.Tensor  # [B, H, n, BLOCK] float32: the row part of dc
+    done: torch.Tensor | None = None
+    """Like `q` in the inputs' dtype: what kernels finish, as in `merge.Partial`."""
+
+    def finished(self, dtype: torch.dtype) -> torch.Tensor:
+        """dq in `dtype`, the inputs', once all pools were met."""
+        return self.q.to(dtype) if self.done is None else self.done
 
 
 class Backward(NamedTuple):
     """The two halves of backward over one pool. Each is computed when it is called: once, whichever comes first."""
 
-    of_pool: Callable[[Pages | None], Pages]
-    """The pool's gradients, float32 ones where it is told, if it is."""
+    of_pool: Callable[[Pages | None], PoolGrads]
+    """The pool's gradients; float32 ones where it is told, if it is."""
     add_queries: Callable[[QueryGrads | None], QueryGrads]
     """The queries' gradients added to what it is given; the rank's own pool begins their sum, with None."""

@@ -27,7 +27,7 @@ from foxdist.attention.certificate import pruned_weight
 from foxdist.attention.counting import count, own_blocks
 from foxdist.attention.exchange import Exchange
 from foxdist.attention.messages import MessageExchange
-from foxdist.attention.pages import BlockTable, Pages, own_table
+from foxdist.attention.pages import BlockTable, Pages, PoolGrads, own_table
 from foxdist.attention.peer import PeerExchange
 from foxdist.attention.plan import Plan, causal_plan, make_plan
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
@@ -131,10 +131,12 @@ def forward(
     exchange = _exchange(cp, plan, lent, pool, call.backend)
     several = exchange is not None
     partial = tiles.forward(call.backend, queries, pool, own, bounded, None, schedule, partial=several)
-    for _, table, borrowed in exchange or ():
-        partial = tiles.forward(call.backend, queries, borrowed, table, bounded, partial, partial=True)
+    if exchange:
+        for stage, table, borrowed in exchange:
+            more = stage + 1 < exchange.stages
+            partial = tiles.forward(call.backend, queries, borrowed, table, bounded, partial, partial=more)
 
-    result = Result(partial.out.to(q.dtype), partial.lse2, kept.c_in, kept.base, start, schedule, plan)
+    result = Result(partial.finished(q.dtype), partial.lse2, kept.c_in, kept.base, start, schedule, plan)
     samples = call.acp.certify if call.acp else 0
     pruned = pruned_weight(queries, k, start, samples, cp) if samples else lent.new_empty(0, dtype=torch.float32)
     counts, pages = count(start, pool, cp, exchange, needed)
@@ -151,12 +153,13 @@ def backward(
     exchange = _exchange(cp, result.plan, lent, pool, call.backend)
     prepared = tiles.prepare(call.backend, result.out, grad, result.c_in, result.lse2)
     of_queries, of_pool = _gradients(queries, pool, own, prepared, result.schedule, exchange, call.backend)
-    # Row and column parts come from the same rounded dS and are joined before the scan, where their errors cancel.
+    row, column = of_queries.row, of_pool.sums.c_in
+    # Both parts come from the same rounded dS and are joined before the scan, where their errors cancel.
     dlog_f = boundary.gate_gradient(
-        of_queries.row, of_pool.c_in, queries.blocks, length, lambda x: _whole(x, cp, "gate gradient"), call.backend
+        row, column, queries.blocks, length, lambda x: _whole(x, cp, "gate gradient"), call.backend
     )
-    gradients = (g.to(x.dtype) for g, x in ((of_queries.q, q), (of_pool.k, k), (of_pool.v, v)))
-    return *gradients, dlog_f
+    dk, dv, _ = of_pool.finished(k.dtype)
+    return of_queries.finished(q.dtype), dk, dv, dlog_f
 
 
 def _gradients(
@@ -167,25 +170,26 @@ def _gradients(
     schedule: torch.Tensor,
     exchange: Exchange | None,
     backend: str,
-) -> tuple[QueryGrads, Pages]:
+) -> tuple[QueryGrads, PoolGrads]:
     """The queries' and the own pages' gradients, over all pools; borrowed pages' go home on the way."""
-    several = exchange is not None
-    of_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=several)
+    several, lent = exchange is not None, exchange.lent if exchange else None
+    of_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=several, lent=lent)
     if exchange is None:
         of_pool = of_own.of_pool(None)
         return of_own.add_queries(None), of_pool
     of_queries = of_own.add_queries(None)  # while the first pages arrive
-    of_pool, last = pool, -1  # until the first stage
+    of_pool = PoolGrads(pool)  # until the first stage
     for stage, table, borrowed in exchange:
-        of_lent = tiles.backward(backend, queries, borrowed, table, prepared, own=False, partial=True)
-        exchange.give_back(stage, of_lent.of_pool(exchange.gradients(stage)))
-        if last < 0:
+        more = stage + 1 < exchange.stages
+        of_lent = tiles.backward(backend, queries, borrowed, table, prepared, own=False, partial=more)
+        exchange.give_back(stage, of_lent.of_pool(exchange.gradients(stage)).sums)
+        if stage == 0:
             of_pool = of_own.of_pool(None)  # while the first gradients are on their way home
         of_queries = of_lent.add_queries(of_queries)
-        if last >= 0:
-            of_pool = exchange.take_back(last, of_pool, torch.float32)
-        last = stage
-    return of_queries, exchange.take_back(last, of_pool, pool.k.dtype)
+        if stage > 0:
+            exchange.take_back(stage - 1, of_pool)
+    exchange.take_back(exchange.stages - 1, of_pool)
+    return of_queries, of_pool
 
 
 def _local(

@@ -10,7 +10,7 @@ import torch
 
 from foxdist.attention import gates, tiles_torch
 from foxdist.attention.merge import Partial
-from foxdist.attention.pages import BlockTable, Pages
+from foxdist.attention.pages import BlockTable, Pages, PoolGrads
 from foxdist.attention.queries import Backward, Prepared, Queries, QueryGrads
 
 
@@ -46,14 +46,13 @@ def forward(
     """Attention over the pool, merged with `so_far`, which is used up; without one, the pool is the rank's own.
 
     bounded: [B, H] int32, heads whose logits leave room for a fixed softmax reference. schedule: by `make_schedule`,
-    which forward and backward over the same pool may share. partial: more pools may follow; out is float32 then, else
-    it has q's dtype.
+    which forward and backward over the same pool may share. partial: more pools follow. `Partial.finished` has the
+    output after the last.
     """
     if not len(pool.k) and so_far is not None:  # this rank only lends in this stage
         return so_far
     if backend == "torch":
-        result = tiles_torch.forward(queries, pool, table, so_far)
-        return result if partial else result._replace(out=result.out.to(queries.q.dtype))
+        return tiles_torch.forward(queries, pool, table, so_far)
     from foxdist.attention.kernels import launch
 
     return launch.forward(backend, queries, pool, table, bounded, so_far, schedule, partial=partial)
@@ -78,36 +77,32 @@ def backward(
     *,
     own: bool,
     partial: bool,
+    lent: torch.Tensor | None = None,
 ) -> Backward:
     """Gradients of the attention over the pool, in two halves, so that what others wait for, or what waits for nobody,
     comes first.
 
     The column part of dc stands in `c_in` of the pool's with its sign, so that dc = row part + column part. own: the
-    pool is the rank's own. partial: sums go on, in float32; else dq, dk and dv have the inputs' dtype. Where the pool's
-    are told to be written has to be contiguous; those of pages that no query here meets need not be.
+    pool is the rank's own. partial: more pools follow. lent: [pages] int32, of the own pool if others borrow from it:
+    -1 where nobody does. Where the pool's are told to be written has to be contiguous; those of pages that no query
+    here meets need not be. `finished` of either half's results has them in the inputs' dtype.
     """
     if not len(pool.k):  # this rank only lends in this stage
-        return Backward(lambda _: Pages(*(x.float() for x in pool)), _unchanged)
+        return Backward(lambda _: PoolGrads(Pages(*(x.float() for x in pool))), _unchanged)
     if backend != "torch":
         from foxdist.attention.kernels import launch
 
-        return launch.backward(backend, queries, pool, table, prepared, schedule, own=own, partial=partial)
-    dtype = torch.float32 if partial else queries.q.dtype
+        return launch.backward(backend, queries, pool, table, prepared, schedule, own=own, partial=partial, lent=lent)
 
     @cache
     def both() -> tuple[QueryGrads, Pages]:
         return tiles_torch.backward(queries, pool, table, prepared)
 
-    def of_pool(_: Pages | None) -> Pages:
-        found = both()[1]
-        return found._replace(k=found.k.to(dtype), v=found.v.to(dtype))
-
     def add_queries(so_far: QueryGrads | None) -> QueryGrads:
         more = both()[0]
-        q, row = more if so_far is None else (so_far.q.add_(more.q), so_far.row.add_(more.row))
-        return QueryGrads(q.to(dtype), row)
+        return more if so_far is None else QueryGrads(so_far.q.add_(more.q), so_far.row.add_(more.row))
 
-    return Backward(of_pool, add_queries)
+    return Backward(lambda _: PoolGrads(both()[1]), add_queries)
 
 
 def _unchanged(so_far: QueryGrads | None) -> QueryGrads:

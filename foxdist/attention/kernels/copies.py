@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from foxdist.attention.kernels.launcher import cdiv, launch
-from foxdist.attention.pages import Pages
+from foxdist.attention.pages import Pages, PoolGrads
 from foxdist.layout import BLOCK
 
 # Programs of `fetch`: a peer's memory is read at full speed by 32 of them (313 GB/s of 333, two H200s), and the other
@@ -126,28 +126,37 @@ def _place(pointer, row, words):
     return there + tl.cast(row, tl.int64) * words
 
 
-def add(total: Pages, where: torch.Tensor, returned: Pages, dtype: torch.dtype, in_turn: bool) -> Pages:
+def add(total: PoolGrads, where: torch.Tensor, returned: Pages, ending: torch.Tensor | None, in_turn: bool) -> None:
     """See `attention.copies.add`. total: contiguous. returned: contiguous along D and BLOCK."""
-    assert all(x.is_contiguous() for x in total), [x.stride() for x in total]
-    heads, dim = total.k.shape[2:]
-    done = total._replace(k=torch.empty_like(total.k, dtype=dtype), v=torch.empty_like(total.v, dtype=dtype))
+    sums, done = total.sums, total.done
+    assert all(x.is_contiguous() for x in sums), [x.stride() for x in sums]
+    heads, dim = sums.k.shape[2:]
     pages = where.shape[1]
+    into = sums if done is None else done
     launch(_add, (pages, cdiv(BLOCK, TOKENS)),
-        total.k, total.v, total.c_in, where, returned.k, returned.v, returned.c_in, done.k, done.v,
-        len(where), pages, heads, total.c_in.shape[2],
+        sums.k, sums.v, sums.c_in, where, returned.k, returned.v, returned.c_in, into.k, into.v,
+        None if done is None else ending,
+        len(where), pages, heads, sums.c_in.shape[2],
         returned.k.stride(0), returned.v.stride(0), returned.c_in.stride(0),
-        BLOCK=BLOCK, DIM=dim, WIDTH=triton.next_power_of_2(dim), GROUP=total.group, TOKENS=TOKENS, IN_TURN=in_turn,
+        BLOCK=BLOCK, DIM=dim, WIDTH=triton.next_power_of_2(dim), GROUP=sums.group, TOKENS=TOKENS, IN_TURN=in_turn,
     )  # fmt: skip
-    return done
 
 
 @triton.jit(do_not_specialize=["senders"])
 def _add(
-    k_ptr, v_ptr, c_ptr, where_ptr, k_back, v_back, c_back, k_out, v_out, senders, pages, heads, blocks,
+    k_ptr, v_ptr, c_ptr, where_ptr, k_back, v_back, c_back, k_done, v_done, ending_ptr, senders, pages, heads, blocks,
     k_step, v_step, c_step, BLOCK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     TOKENS: tl.constexpr, IN_TURN: tl.constexpr,
 ):  # fmt: skip
     page = tl.program_id(0)
+    wanted = 0
+    for sender in range(senders):
+        wanted |= (tl.load(where_ptr + sender * pages + page) >= 0).to(tl.int32)
+    ends = 0
+    if ending_ptr is not None:
+        ends = (tl.load(ending_ptr + page) >= 0).to(tl.int32)
+    if (wanted | ends) == 0:
+        return
     row, head, block = page // (heads * blocks), page // blocks % heads, page % blocks
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     dim = tl.arange(0, WIDTH)[None, :]
@@ -165,5 +174,9 @@ def _add(
             for g in tl.static_range(GROUP):
                 c = (((row * heads + head) * GROUP + g) * blocks + block).to(tl.int64) * BLOCK + token
                 tl.store(c_ptr + c, tl.load(c_ptr + c) + tl.load(c_back + r * c_step + g * BLOCK + token))
-    tl.store(k_out + at, k, mask=real)
-    tl.store(v_out + at, v, mask=real)
+    if ends != 0:
+        tl.store(k_done + at, k, mask=real)
+        tl.store(v_done + at, v, mask=real)
+    else:
+        tl.store(k_ptr + at, k, mask=real)
+        tl.store(v_ptr + at, v, mask=real)

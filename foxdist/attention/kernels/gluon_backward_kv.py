@@ -28,12 +28,12 @@ from foxdist.attention.kernels.gluon_common import (
     add_row_sums,
     barriers,
     hand_out,
+    keep_rows,
     no_sums,
     ones_tile,
     page_place,
     programs,
     read_work,
-    row_places,
     schedule_parts,
     scores_of,
     take,
@@ -47,7 +47,7 @@ from foxdist.attention.kernels.gluon_common import (
 )
 from foxdist.attention.kernels.launcher import launch
 from foxdist.attention.kernels.operands import ALONE
-from foxdist.attention.pages import Pages
+from foxdist.attention.pages import Pages, PoolGrads
 from foxdist.attention.queries import Queries
 
 QUERY_TILE = 64
@@ -61,16 +61,17 @@ def backward_kv(
     grad: torch.Tensor,
     rowterm: torch.Tensor,
     delta: torch.Tensor,
-    into: Pages,
+    into: PoolGrads,
     *,
     own: bool,
 ) -> None:
-    """Writes the gradients of the pool's used pages into `into`, with one query head a K/V head of those that it meets.
-    See `kernels.launch`."""
+    """Writes the gradients of the pool's used pages into `into`, with one query head a K/V head of those that it meets;
+    of which go where, see `triton_backward`. See `kernels.launch`."""
+    sums, done = into.sums, into.done or into.sums
     rows, _, heads, dim = queries.q.shape
     kv_heads, slots = page.shape[1:]
     _, pool_length, pool_heads, _ = pool.k.shape
-    partial = into.k.dtype == torch.float32
+    partial = done.k.dtype == torch.float32  # of borrowed pages: all are
     total = rows * kv_heads * slots
     launch(
         kv_kernel,
@@ -81,11 +82,11 @@ def backward_kv(
         vector_descriptor(delta, QUERY_TILE),
         tile_descriptor(pool.k, 64),
         tile_descriptor(pool.v, 64),
-        tile_descriptor(pool.k if partial else into.k, 64),
-        tile_descriptor(pool.v if partial else into.v, 64),
-        into.k,
-        into.v,
-        into.c_in,
+        tile_descriptor(pool.k if partial else done.k, 64),
+        tile_descriptor(pool.v if partial else done.v, 64),
+        sums.k,
+        sums.v,
+        sums.c_in,
         pool.c_in,
         schedule,
         page,
@@ -101,6 +102,7 @@ def backward_kv(
         D=dim,
         OWN=own,
         PARTIAL=partial,
+        SPLIT=into.done is not None,
         GROUPED=heads != kv_heads,
         **GLUON[dim].backward_kv,
         **LAUNCH,
@@ -120,7 +122,10 @@ def _schedule_parts(schedule_ptr, sizes):
 
 
 @gluon.jit
-def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, KB: gl.constexpr):
+def _producer(
+    descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, SPLIT: gl.constexpr,
+    KB: gl.constexpr,
+):  # fmt: skip
     q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc = descs
     _, _, schedule_ptr, page_ptr = ptrs
     _, _, first_ptr, last_ptr, heads_ptr, taken_ptr = _schedule_parts(schedule_ptr, sizes)
@@ -142,7 +147,7 @@ def _producer(descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr,
         # A slot may hold a page that nobody here meets; of several heads another may.
         if (page >= 0) & ((last >= first) | (group > 1)):
             hand_out(kv_head, slot, page, first, last, n, work_s, work_full, work_empty)
-            b, h, block = page_place(page, pool_heads, pool_blocks)
+            b, h, block = page_place(page_number(page, SPLIT), pool_heads, pool_blocks)
             mbarrier.wait(kv_empty.index(n % KB), ((n // KB) & 1) ^ 1)
             mbarrier.expect(kv_full.index(n % KB), 4 * ROWS * D * 2)
             for c in gl.static_range(2):
@@ -252,7 +257,8 @@ def _head(
 @gluon.jit
 def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr,
-    OWN: gl.constexpr, PARTIAL: gl.constexpr, GROUPED: gl.constexpr, KB: gl.constexpr, AREG: gl.constexpr,
+    OWN: gl.constexpr, PARTIAL: gl.constexpr, SPLIT: gl.constexpr, GROUPED: gl.constexpr, KB: gl.constexpr,
+    AREG: gl.constexpr,
 ):  # fmt: skip
     _, _, first_ptr, last_ptr, _, _ = _schedule_parts(ptrs[2], sizes)
     heads, kv_heads, _, slots, _, _, pool_heads, pool_blocks = sizes
@@ -265,7 +271,7 @@ def _consumer(
     it = 0
     kv_head, slot, page, first, last = read_work(0, work_s, work_full)
     while kv_head >= 0:
-        b, h, block = page_place(page, pool_heads, pool_blocks)
+        b, h, block = page_place(page_number(page, SPLIT), pool_heads, pool_blocks)
         k_tile = k_s.index(n % KB * 2 + C)
         v_tile = v_s.index(n % KB * 2 + C)
         mbarrier.wait(kv_full.index(n % KB), (n // KB) & 1)
@@ -295,31 +301,55 @@ def _consumer(
             )
         page = word(work_s.index(n % 2), 2)  # again: registers are short
         mbarrier.arrive(work_empty.index(n % 2), count=1)
-        _finish(k_tile, v_tile, dk * scale, dv, page, outs, sizes, C, D, PARTIAL)
+        _finish(k_tile, v_tile, dk * scale, dv, page, outs, sizes, C, D, PARTIAL, SPLIT)
         mbarrier.arrive(kv_empty.index(n % KB), count=1)
         n += 1
         kv_head, slot, page, first, last = read_work(n, work_s, work_full)
 
 
 @gluon.jit
-def _finish(k_tile, v_tile, dk, dv, page, outs, sizes, C: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr):
-    """Writes 64 rows of dK and dV; the tiles of K and V make room for them."""
+def page_number(page, SPLIT: gl.constexpr):
+    """Of an entry of the table of pages, which if SPLIT also says whether anybody borrows the page."""
+    if SPLIT:
+        return page >> 1
+    else:  # noqa: RET505 (a compile-time branch)
+        return page
+
+
+@gluon.jit
+def _finish(
+    k_tile, v_tile, dk, dv, page, outs, sizes, C: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr,
+    SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Writes 64 rows of dK and dV, in float32 if PARTIAL, or if SPLIT and somebody borrows the page; else the tiles of
+    K and V make room for them."""
     dk_desc, dv_desc, dk_ptr, dv_ptr = outs
     _, _, _, _, _, pool_length, pool_heads, pool_blocks = sizes
-    b, h, block = page_place(page, pool_heads, pool_blocks)
+    b, h, block = page_place(page_number(page, SPLIT), pool_heads, pool_blocks)
     t0 = block * 128 + C * 64
     if PARTIAL:
-        dk_places, real = row_places(dk_ptr, b, t0, pool_length, h, pool_heads, D)
-        dv_places, _ = row_places(dv_ptr, b, t0, pool_length, h, pool_heads, D)
-        gl.store(dk_places, dk, mask=real)
-        gl.store(dv_places, dv, mask=real)
+        keep_rows(dk, dk_ptr, b, t0, pool_length, h, pool_heads, D)
+        keep_rows(dv, dv_ptr, b, t0, pool_length, h, pool_heads, D)
     else:
-        k_tile.store(dk.to(k_tile.dtype))
-        v_tile.store(dv.to(v_tile.dtype))
-        fence_async_shared()
-        tma_store(dk_desc, [b, t0, h, 0], k_tile)
-        tma_store(dv_desc, [b, t0, h, 0], v_tile)
-        tma.store_wait(0)
+        if SPLIT:
+            borrowed = page & 1
+            if borrowed != 0:
+                keep_rows(dk, dk_ptr, b, t0, pool_length, h, pool_heads, D)
+                keep_rows(dv, dv_ptr, b, t0, pool_length, h, pool_heads, D)
+            else:
+                _store(k_tile, v_tile, dk, dv, dk_desc, dv_desc, b, t0, h)
+        else:
+            _store(k_tile, v_tile, dk, dv, dk_desc, dv_desc, b, t0, h)
+
+
+@gluon.jit
+def _store(k_tile, v_tile, dk, dv, dk_desc, dv_desc, b, t0, h):
+    k_tile.store(dk.to(k_tile.dtype))
+    v_tile.store(dv.to(v_tile.dtype))
+    fence_async_shared()
+    tma_store(dk_desc, [b, t0, h, 0], k_tile)
+    tma_store(dv_desc, [b, t0, h, 0], v_tile)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
@@ -327,8 +357,8 @@ def kv_kernel(
     q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dc_ptr, c_ptr,
     schedule_ptr, page_ptr, heads, kv_heads, count, slots, total,
     pool_length, pool_heads, pool_blocks, scale,
-    D: gl.constexpr, ST: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, GROUPED: gl.constexpr,
-    KB: gl.constexpr, AREG: gl.constexpr,
+    D: gl.constexpr, ST: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, SPLIT: gl.constexpr,
+    GROUPED: gl.constexpr, KB: gl.constexpr, AREG: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = 64
     dtype: gl.constexpr = q_desc.dtype
@@ -350,9 +380,9 @@ def kv_kernel(
     descs = (q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc)
     gl.warp_specialize(
         [
-            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BM, ST, OWN, PARTIAL, GROUPED, KB, AREG)),
-            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BM, ST, OWN, PARTIAL, GROUPED, KB, AREG)),
-            (_producer, (descs, ptrs, sizes, smem, bars, D, BM, ST, KB)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BM, ST, OWN, PARTIAL, SPLIT, GROUPED, KB, AREG)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BM, ST, OWN, PARTIAL, SPLIT, GROUPED, KB, AREG)),
+            (_producer, (descs, ptrs, sizes, smem, bars, D, BM, ST, SPLIT, KB)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -9,7 +9,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -24,6 +23,7 @@ from foxdist.attention.kernels.gluon_common import (
     add_row_sums,
     barriers,
     bring_slots,
+    finish_rows,
     no_sums,
     ones_tile,
     programs,
@@ -31,7 +31,6 @@ from foxdist.attention.kernels.gluon_common import (
     row_places,
     schedule_parts,
     scores_of,
-    store_rows,
     tile_descriptor,
     vector_descriptor,
     weights,
@@ -56,11 +55,12 @@ def backward_q(
     *,
     own: bool,
     add: bool,
+    more: bool,
 ) -> None:
-    """Writes the gradients of the queries into `into`; with `add`, adds them to it. See `kernels.launch`."""
+    """Writes the gradients of the queries into `into`; with `add`, adds them to it. more: pools may follow. See
+    `kernels.launch`."""
     rows, length, heads, dim = queries.q.shape
     count = queries.c_in.shape[2]
-    partial = into.q.dtype == torch.float32
     total = rows * heads * count
     launch(
         q_kernel,
@@ -70,7 +70,7 @@ def backward_q(
         tile_descriptor(pool.k, BLOCK),
         tile_descriptor(pool.v, BLOCK),
         vector_descriptor(pool.c_in, BLOCK),
-        tile_descriptor(queries.q if partial else into.q, 64),
+        tile_descriptor(into.q if into.done is None else into.done, 64),
         into.q,
         into.row,
         rowterm,
@@ -88,8 +88,8 @@ def backward_q(
         queries.scale,
         D=dim,
         OWN=own,
-        PARTIAL=partial,
         ADD=add,
+        MORE=more,
         **GLUON[dim].backward_q,
         **LAUNCH,
     )
@@ -134,7 +134,7 @@ def _step(
 @gluon.jit
 def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr,
-    QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, ADD: gl.constexpr, AREG: gl.constexpr,
+    QB: gl.constexpr, OWN: gl.constexpr, ADD: gl.constexpr, MORE: gl.constexpr, AREG: gl.constexpr,
 ):  # fmt: skip
     r_ptr, dl_ptr, query_base_ptr, slot_base_ptr = ptrs
     _, _, _, count, slots, _, _, _ = sizes
@@ -145,7 +145,7 @@ def _consumer(
     row = C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
     n = 0
     it = 0
-    head, m, first, last, _ = receive(0, work_s, work_full, work_empty)
+    head, m, first, last, elsewhere = receive(0, work_s, work_full, work_empty)
     while head >= 0:
         at = head * count + m
         place = at.to(gl.int64) * 128 + row
@@ -174,16 +174,16 @@ def _consumer(
             dq, dr = _step(it + i, q, do, r, shift, row, dl, scale, smem, bars, dq, dr, D, BN, ST, False)
         it += last - first + 1
         sums = gl.convert_layout(gl.sum(dr, 1) * 0.125, gl.SliceLayout(1, s_l))
-        _finish(q_tile, dq * scale, sums, head, m, place, outs, sizes, C, D, PARTIAL, ADD)
+        _finish(q_tile, dq * scale, sums, elsewhere, head, m, place, outs, sizes, C, D, ADD, MORE)
         mbarrier.arrive(q_empty.index(n % QB), count=1)
         n += 1
-        head, m, first, last, _ = receive(n, work_s, work_full, work_empty)
+        head, m, first, last, elsewhere = receive(n, work_s, work_full, work_empty)
 
 
 @gluon.jit
 def _finish(
-    q_tile, dq, sums, head, m, place, outs, sizes, C: gl.constexpr, D: gl.constexpr,
-    PARTIAL: gl.constexpr, ADD: gl.constexpr,
+    q_tile, dq, sums, elsewhere, head, m, place, outs, sizes, C: gl.constexpr, D: gl.constexpr,
+    ADD: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     """Writes 64 rows of dQ and their sums, added to what is there if ADD; Q's tile makes room for them."""
     dq_desc, dq_ptr, row_ptr = outs
@@ -192,21 +192,17 @@ def _finish(
         sums += gl.load(row_ptr + place)
     gl.store(row_ptr + place, sums)
     t0 = m * 128 + C * 64
-    if PARTIAL:
+    if ADD:
         places, real = row_places(dq_ptr, head // heads, t0, length, head % heads, heads, D)
-        if ADD:
-            dq += gl.load(places, mask=real, other=0.0)
-        gl.store(places, dq, mask=real)
-    else:
-        store_rows(dq, q_tile, dq_desc, head // heads, t0, head % heads)
-        tma.store_wait(0)
+        dq += gl.load(places, mask=real, other=0.0)
+    finish_rows(dq, q_tile, dq_desc, dq_ptr, elsewhere, head, t0, length, heads, D, ADD, MORE)
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def q_kernel(
     q_desc, do_desc, k_desc, v_desc, c_desc, dq_desc, dq_ptr, row_ptr, r_ptr, dl_ptr, schedule_ptr, page_ptr,
     length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks, scale,
-    D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, ADD: gl.constexpr,
+    D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, ADD: gl.constexpr, MORE: gl.constexpr,
     AREG: gl.constexpr,
 ):  # fmt: skip
     BN: gl.constexpr = 128
@@ -235,8 +231,8 @@ def q_kernel(
     slot_smem = ((q_s, do_s), k_s, v_s, c_s, smem[6])
     gl.warp_specialize(
         [
-            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BN, ST, QB, OWN, PARTIAL, ADD, AREG)),
-            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BN, ST, QB, OWN, PARTIAL, ADD, AREG)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BN, ST, QB, OWN, ADD, MORE, AREG)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BN, ST, QB, OWN, ADD, MORE, AREG)),
             (bring_slots, (descs, slot_ptrs, sizes, slot_smem, bars, D, ST, QB, ST)),
         ],
         [4, 1],

@@ -195,11 +195,13 @@ def bring_slots(descs, ptrs, sizes, smem, bars, D: gl.constexpr, ST: gl.constexp
         head = gl.load(heads_ptr + work // count)
         m = count - 1 - work % count
         first, last = gl.load(first_ptr + head * count + m), gl.load(last_ptr + head * count + m)
+        elsewhere = first & 1  # whether the queries meet pages of other pools
+        first = first >> 1
         page_row = page_ptr + (head // group) * slots
         page = gl.load(page_row + gl.maximum(last, 0))
         upcoming = -1
         if last >= first:
-            hand_out(head, m, first, last, 0, n, work_s, work_full, work_empty)
+            hand_out(head, m, first, last, elsewhere, n, work_s, work_full, work_empty)
             for i in range(last - first + 1):
                 st = it % ST
                 ph = ((it // ST) & 1) ^ 1
@@ -241,8 +243,38 @@ def row_places(ptr, b, t0, length, h, heads, D: gl.constexpr):
 
 
 @gluon.jit
+def finish_rows(
+    x, tile, done, sums_ptr, elsewhere, head, t0, length, heads, D: gl.constexpr, LATER: gl.constexpr,
+    MORE: gl.constexpr,
+):  # fmt: skip
+    """Writes 64 rows of queries from t0, as `operands.store_rows` does: to float32 sums if pools follow, else to `done`
+    by way of `tile`. A row that a later pool adds to goes to both, as no query knows its last."""
+    b = head // heads
+    h = head % heads
+    if MORE:
+        if LATER:
+            keep_rows(x, sums_ptr, b, t0, length, h, heads, D)
+            store_rows(x, tile, done, b, t0, h)
+        else:
+            if elsewhere != 0:
+                keep_rows(x, sums_ptr, b, t0, length, h, heads, D)
+            else:
+                store_rows(x, tile, done, b, t0, h)
+    else:
+        store_rows(x, tile, done, b, t0, h)
+
+
+@gluon.jit
+def keep_rows(x, ptr, b, t0, length, h, heads, D: gl.constexpr):
+    """Writes 64 rows from t0 to a contiguous float32 tensor [B, length, heads, D]."""
+    places, real = row_places(ptr, b, t0, length, h, heads, D)
+    gl.store(places, x, mask=real)
+
+
+@gluon.jit
 def store_rows(x, tile, desc, b, t0, h):
-    """Posts 64 rows from t0 to a tensor [B, T, heads, D], in its dtype, by way of `tile` in shared memory."""
+    """Writes 64 rows from t0 to a tensor [B, T, heads, D], in its dtype, by way of `tile` in shared memory."""
     tile.store(x.to(tile.dtype))
     fence_async_shared()
     tma_store(desc, [b, t0, h, 0], tile)
+    tma.store_wait(0)

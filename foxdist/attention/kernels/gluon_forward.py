@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -25,12 +24,12 @@ from foxdist.attention.kernels.gluon_common import (
     SIZES,
     barriers,
     bring_slots,
+    finish_rows,
     programs,
     receive,
     row_places,
     schedule_parts,
     scores_of,
-    store_rows,
     tile_descriptor,
     vector_descriptor,
     work_buffer,
@@ -53,11 +52,12 @@ def forward(
     *,
     own: bool,
     merge: bool,
+    more: bool,
 ) -> None:
-    """Writes attention over the pool into `into`; with `merge`, joins the two. See `kernels.launch`."""
+    """Writes attention over the pool into `into`; with `merge`, joins the two. more: pools may follow. See
+    `kernels.launch`."""
     rows, length, heads, dim = queries.q.shape
     count = queries.c_in.shape[2]
-    partial = into.out.dtype == torch.float32
     pool_heads = pool.k.shape[2]
     total = rows * heads * count
     launch(
@@ -67,7 +67,7 @@ def forward(
         tile_descriptor(pool.k, BLOCK),
         tile_descriptor(pool.v, BLOCK),
         vector_descriptor(pool.c_in, BLOCK),
-        tile_descriptor(queries.q if partial else into.out, 64),
+        tile_descriptor(into.out if into.done is None else into.done, 64),
         into.out,
         into.lse2,
         queries.c_in,
@@ -86,8 +86,8 @@ def forward(
         D=dim,
         **GLUON[dim].forward,
         OWN=own,
-        PARTIAL=partial,
         MERGE=merge,
+        MORE=more,
         **LAUNCH,
     )
 
@@ -169,7 +169,7 @@ def _attend(
 @gluon.jit
 def _consumer(
     outs, ptrs, sizes, scale, smem, bars, C: gl.constexpr, D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr,
-    OWN: gl.constexpr, PARTIAL: gl.constexpr, MERGE: gl.constexpr,
+    OWN: gl.constexpr, MERGE: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     c_ptr, query_base_ptr, slot_base_ptr, lse_ptr, bounded_ptr = ptrs
     _, _, _, count, slots, _, _, _ = sizes
@@ -178,7 +178,7 @@ def _consumer(
     s_l: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     n = 0
     it = 0
-    head, m, first, last, _ = receive(0, work_s, work_full, work_empty)
+    head, m, first, last, elsewhere = receive(0, work_s, work_full, work_empty)
     while head >= 0:
         at = head * count + m
         row = at.to(gl.int64) * 128 + C * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_l))
@@ -196,20 +196,23 @@ def _consumer(
         else:
             acc, top, sums = _attend(q, it, first, last, reference, bases, scale, smem, bars, C, D, ST, OWN, False)
         it += last - first + 1
-        _finish(q, acc, (top + c_row) * LOG2_E, sums, before, head, m, row, outs, ptrs, sizes, C, D, PARTIAL, MERGE)
+        _finish(
+            q, acc, (top + c_row) * LOG2_E, sums, before, elsewhere, head, m, row, outs, ptrs, sizes, C, D, MERGE, MORE
+        )
         mbarrier.arrive(q_empty.index(n % QB), count=1)
         n += 1
-        head, m, first, last, _ = receive(n, work_s, work_full, work_empty)
+        head, m, first, last, elsewhere = receive(n, work_s, work_full, work_empty)
 
 
 @gluon.jit
 def _finish(
-    q, acc, reference, sums, before, head, m, row, outs, ptrs, sizes, C: gl.constexpr, D: gl.constexpr,
-    PARTIAL: gl.constexpr, MERGE: gl.constexpr,
+    q, acc, reference, sums, before, elsewhere, head, m, row, outs, ptrs, sizes, C: gl.constexpr, D: gl.constexpr,
+    MERGE: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     """Writes out and lse2 of 64 rows, joined with what is there if MERGE; Q's tile makes room for the output.
 
-    reference: of the rows, in base 2 and with the row's part. before: their lse2 so far.
+    reference: of the rows, in base 2 and with the row's part. before: their lse2 so far. elsewhere: whether they meet
+    other pools, after the own one; MORE: one follows for somebody.
     """
     o_desc, o_ptr = outs
     lse_ptr = ptrs[3]
@@ -226,21 +229,17 @@ def _finish(
     gl.store(lse_ptr + row, lse)
     acc = acc * gl.convert_layout(weight, gl.SliceLayout(1, o_l))[:, None]
     t0 = m * 128 + C * 64
-    if PARTIAL:
+    if MERGE:
         places, real = row_places(o_ptr, head // heads, t0, length, head % heads, heads, D)
-        if MERGE:
-            acc += gl.load(places, mask=real, other=0.0) * gl.convert_layout(keep, gl.SliceLayout(1, o_l))[:, None]
-        gl.store(places, acc, mask=real)
-    else:
-        store_rows(acc, q, o_desc, head // heads, t0, head % heads)
-        tma.store_wait(0)
+        acc += gl.load(places, mask=real, other=0.0) * gl.convert_layout(keep, gl.SliceLayout(1, o_l))[:, None]
+    finish_rows(acc, q, o_desc, o_ptr, elsewhere, head, t0, length, heads, D, MERGE, MORE)
 
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def forward_kernel(
     q_desc, k_desc, v_desc, c_desc, o_desc, o_ptr, lse_ptr, c_ptr, schedule_ptr, page_ptr, bounded_ptr,
     length, heads, kv_heads, count, slots, total, pool_heads, pool_blocks, scale,
-    D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, PARTIAL: gl.constexpr, MERGE: gl.constexpr,
+    D: gl.constexpr, ST: gl.constexpr, QB: gl.constexpr, OWN: gl.constexpr, MERGE: gl.constexpr, MORE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -266,8 +265,8 @@ def forward_kernel(
     slot_smem = ((q_s,), k_s, v_s, c_s, smem[4])
     gl.warp_specialize(
         [
-            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, ST, QB, OWN, PARTIAL, MERGE)),
-            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, ST, QB, OWN, PARTIAL, MERGE)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, ST, QB, OWN, MERGE, MORE)),
+            (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, ST, QB, OWN, MERGE, MORE)),
             (bring_slots, (descs, slot_ptrs, sizes, slot_smem, bars, D, ST, QB, 2 * ST)),
         ],
         [4, 1],

@@ -12,7 +12,7 @@ import torch
 from foxdist.attention.kernels.operands import aligned
 from foxdist.attention.kernels.schedule import make_schedule
 from foxdist.attention.merge import Partial
-from foxdist.attention.pages import BlockTable, Pages
+from foxdist.attention.pages import BlockTable, Pages, PoolGrads
 from foxdist.attention.queries import Backward, Prepared, Queries, QueryGrads
 
 
@@ -30,8 +30,8 @@ def forward(
     """Attention over the pool, merged with `so_far`, whose float32 tensors are used up.
 
     Without `so_far` the pool is the rank's own, which comes first: every query block's diagonal is in it. bounded:
-    [B, H] int32, heads whose softmax takes a fixed reference, or None. partial: more pools may follow, and the output
-    stays float32; else it has the inputs' dtype. schedule: by `make_schedule`; None makes it.
+    [B, H] int32, heads whose softmax takes a fixed reference, or None. partial: more pools follow, and rows that meet
+    them stay float32 (`Partial.done`). schedule: by `make_schedule`; None makes it.
     """
     queries, pool = _aligned(queries, pool)
     dtype = queries.q.dtype
@@ -39,14 +39,16 @@ def forward(
         bounded = queries.start.new_zeros(queries.start.shape[:2], dtype=torch.int32)
     into = so_far
     if into is None:
-        out = torch.empty(queries.q.shape, dtype=torch.float32 if partial else dtype, device=queries.q.device)
-        into = Partial(out, torch.empty_like(queries.c_in))
+        into = Partial(_empty(queries.q, torch.float32 if partial else dtype), torch.empty_like(queries.c_in))
+    if into.done is None:  # in float32 both may be one
+        into = into._replace(done=into.out if into.out.dtype == dtype else _empty(queries.q, dtype))
     page = table.page.contiguous()
     if schedule is None:
         schedule = make_schedule(queries, table)
     kernels = _kernels(family, "forward")
-    kernels.forward(queries, pool, schedule, page, bounded, into, own=so_far is None, merge=so_far is not None)
-    return into if partial else into._replace(out=into.out.to(dtype))
+    own = so_far is None
+    kernels.forward(queries, pool, schedule, page, bounded, into, own=own, merge=not own, more=partial)
+    return into
 
 
 def backward(
@@ -59,36 +61,48 @@ def backward(
     *,
     own: bool,
     partial: bool,
+    lent: torch.Tensor | None = None,
 ) -> Backward:
     """Gradients of the attention over the pool, each half launched when it is asked for; see `tiles.backward`.
 
     The queries' sum begins with None at the rank's own pool; any other pool gets float32 tensors, which it uses up. The
-    column part of dc stands in `c_in` of the pool's with its sign. partial: more sums follow, on both sides, and
-    gradients stay float32; else they have the inputs' dtype. Those of pages that no slot holds are not written.
-    schedule: as in `forward`, whose own will do.
+    column part of dc stands in `c_in` of the pool's with its sign. partial: more pools follow, and rows that meet them
+    stay float32. Borrowed pages' gradients are float32, the own ones' where `lent` has no -1. Those of pages that no
+    slot holds are not written. schedule: as in `forward`, whose own will do.
     """
     queries, pool = _aligned(queries, pool)
-    kept = torch.float32 if partial else queries.q.dtype
+    dtype = queries.q.dtype
     page = table.page.contiguous()
     order = make_schedule(queries, table) if schedule is None else schedule
     kernels = _kernels(family, "backward")
 
-    def of_pool(into: Pages | None) -> Pages:
+    def of_pool(into: Pages | None) -> PoolGrads:
         if into is None:
-            k, v = (torch.empty(pool.k.shape, dtype=kept, device=pool.k.device) for _ in range(2))
-            into = Pages(k, v, torch.empty_like(pool.c_in))
-        kernels.backward_kv(queries, pool, order, page, *prepared, into, own=own)
-        return into
+            kept = torch.float32 if lent is not None or not own else dtype
+            into = Pages(_empty(pool.k, kept), _empty(pool.v, kept), torch.empty_like(pool.c_in))
+        grads, places = PoolGrads(into), page
+        if lent is not None:
+            k, v = (x if x.dtype == dtype else _empty(x, dtype) for x in into[:2])
+            grads = PoolGrads(into, Pages(k, v, into.c_in))
+            places = torch.add((lent >= 0).view_as(page), page, alpha=2)
+        kernels.backward_kv(queries, pool, order, places, *prepared, grads, own=own)
+        return grads
 
     def add_queries(so_far: QueryGrads | None) -> QueryGrads:
         assert own == (so_far is None), "every query block meets the own pool, and may meet nothing of another"
         if so_far is None:
-            dq = torch.empty(queries.q.shape, dtype=kept, device=queries.q.device)
+            dq = _empty(queries.q, torch.float32 if partial else dtype)
             so_far = QueryGrads(dq, torch.empty_like(queries.c_in))
-        kernels.backward_q(queries, pool, order, page, *prepared, so_far, own=own, add=not own)
-        return so_far if partial else so_far._replace(q=so_far.q.to(kept))
+        if so_far.done is None:
+            so_far = so_far._replace(done=so_far.q if so_far.q.dtype == dtype else _empty(queries.q, dtype))
+        kernels.backward_q(queries, pool, order, page, *prepared, so_far, own=own, add=not own, more=partial)
+        return so_far
 
     return Backward(of_pool, add_queries)
+
+
+def _empty(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 @lru_cache

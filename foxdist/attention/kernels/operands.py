@@ -67,6 +67,27 @@ def store_tile(tensor, row, head, token, tile, ROWS: tl.constexpr, DIM: tl.const
 
 
 @triton.jit
+def store_rows(
+    sums, done, row, head, token, tile, elsewhere, ROWS: tl.constexpr, DIM: tl.constexpr,
+    LATER: tl.constexpr, MORE: tl.constexpr,
+):  # fmt: skip
+    """Writes queries' rows: to `sums` if pools follow for them, else to `done`. elsewhere: after the own pool, whether
+    they meet others. LATER: this is one of those, of which no query knows its last: rows go to both. MORE: pools
+    follow."""
+    if MORE:
+        if LATER:
+            store_tile(sums, row, head, token, tile, ROWS, DIM)
+            store_tile(done, row, head, token, tile, ROWS, DIM)
+        else:
+            if elsewhere != 0:
+                store_tile(sums, row, head, token, tile, ROWS, DIM)
+            else:
+                store_tile(done, row, head, token, tile, ROWS, DIM)
+    else:
+        store_tile(done, row, head, token, tile, ROWS, DIM)
+
+
+@triton.jit
 def product(a, b, acc=None):
     """a @ b + acc in float32. Float32 operands are the sum of two tf32 numbers each, of which three products are taken:
     the rest is 2^-22 of a product."""

@@ -44,11 +44,12 @@ def parts(words_ptr, heads, kv_heads, count, slots):
 
     query_base [heads, n] and slot_base [heads, S] float64: of each query block, and of the block in each slot.
     first_slot, last_slot [heads, n], first_query, last_query [heads, S] int32: whom they meet, both included; last <
-    first where that is nobody. query_heads [heads], slot_heads [kv_heads] int32: of each ORDERED, those with most tiles
-    first. Work is taken in this order, head by head, so that no long piece is left to run alone at the end and those
-    that run together read the same K and V. taken [3] int32: pieces of work that the forward, the dK/dV and the dQ
-    kernel have taken, 0 unless the kernel is running. counts [heads + kv_heads + 1] int32: tiles of each head, and
-    programs that have counted theirs.
+    first where that is nobody. first_slot comes doubled, plus 1 where the query block also keeps blocks that no slot
+    holds. query_heads [heads], slot_heads [kv_heads] int32: of each ORDERED, those with most tiles first. Work is taken
+    in this order, head by head, so that no long piece is left to run alone at the end and those that run together read
+    the same K and V. taken [3] int32: pieces of work that the forward, the dK/dV and the dQ kernel have taken, 0 unless
+    the kernel is running. counts [heads + kv_heads + 1] int32: tiles of each head, and programs that have counted
+    theirs.
     """
     of_queries, of_slots = heads * count, heads * slots
     query_base = words_ptr.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -106,7 +107,8 @@ def _schedule(
         block = tl.load(blocks_ptr + place, mask=real, other=0).to(tl.int32)
         first = _count_below(held_ptr, slots, start, steps, LANES, False)
         last = _count_below(held_ptr, slots, block, steps, LANES, True) - 1
-        tl.store(first_slot + head * count + place, first, mask=real)
+        elsewhere = (block - start > last - first).to(tl.int32)
+        tl.store(first_slot + head * count + place, 2 * first + elsewhere, mask=real)
         tl.store(last_slot + head * count + place, last, mask=real)
         base = tl.load(base_ptr + head.to(tl.int64) * (total + 1) + block, mask=real, other=0.0)
         tl.store(query_base + head * count + place, base, mask=real)

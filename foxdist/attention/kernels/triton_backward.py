@@ -25,11 +25,12 @@ from foxdist.attention.kernels.operands import (
     find_page,
     load_tile,
     product,
+    store_rows,
     store_tile,
     vector_descriptor,
 )
 from foxdist.attention.kernels.schedule import schedule_parts
-from foxdist.attention.pages import Pages
+from foxdist.attention.pages import Pages, PoolGrads
 from foxdist.attention.queries import Queries, QueryGrads
 from foxdist.layout import BLOCK
 
@@ -42,15 +43,17 @@ def backward_kv(
     grad: torch.Tensor,
     rowterm: torch.Tensor,
     delta: torch.Tensor,
-    into: Pages,
+    into: PoolGrads,
     *,
     own: bool,
 ) -> None:
-    """Writes the gradients of the pages that `page` holds into `into`, whose c_in takes the column part of dc.
+    """Writes the gradients of the pages that `page` holds into `into.sums`, whose c_in takes the column part of dc.
 
-    grad: [B, T, H, D]. rowterm, delta: [B, H, n, BLOCK] float32, of `prepare`. page, own: as in `forward`. Pages that
+    grad: [B, T, H, D]. rowterm, delta: [B, H, n, BLOCK] float32, of `prepare`. page, own: as in `forward`; but with
+    `into.done`, `page` has twice each number, and 1 more where K and V go to `into.sums` and not there. Pages that
     no slot holds are not written; those that no query meets get zeros.
     """
+    sums, done = into.sums, into.done or into.sums
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_kv
     kv_heads, slots = page.shape[1:]
@@ -62,9 +65,11 @@ def backward_kv(
         descriptor(grad, tile.rows),
         descriptor(pool.k, tile.columns),
         descriptor(pool.v, tile.columns),
-        descriptor(into.k, tile.columns),
-        descriptor(into.v, tile.columns),
-        into.c_in,
+        descriptor(sums.k, tile.columns),
+        descriptor(sums.v, tile.columns),
+        descriptor(done.k, tile.columns),
+        descriptor(done.v, tile.columns),
+        sums.c_in,
         vector(rowterm, tile.rows),
         vector(delta, tile.rows),
         queries.c_in,
@@ -86,6 +91,7 @@ def backward_kv(
         OWN=own,
         EXACT=queries.q.dtype == torch.float32,
         VECTORS=tile.vectors,
+        SPLIT=into.done is not None,
         **tile.options,
     )
 
@@ -102,8 +108,12 @@ def backward_q(
     *,
     own: bool,
     add: bool,
+    more: bool,
 ) -> None:
-    """Writes the queries' gradients into `into`; with `add`, adds them to what `into` holds, which is float32 then."""
+    """Writes the queries' gradients into `into`; with `add`, adds them to what `into` holds, which is float32 then.
+
+    more: pools may follow; as in `forward`, rows that none follows for go to `into.done`.
+    """
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).backward_q
     count = queries.c_in.shape[2]
@@ -116,6 +126,7 @@ def backward_q(
         descriptor(pool.k, tile.columns),
         descriptor(pool.v, tile.columns),
         descriptor(into.q, tile.rows),
+        descriptor(into.q if into.done is None else into.done, tile.rows),
         into.row,
         rowterm,
         delta,
@@ -138,6 +149,7 @@ def backward_q(
         COLUMNS=tile.columns,
         OWN=own,
         ADD=add,
+        MORE=more,
         EXACT=queries.q.dtype == torch.float32,
         **tile.options,
     )
@@ -145,10 +157,10 @@ def backward_q(
 
 @triton.jit(do_not_specialize=["rows", "count", "slots"])
 def _backward_kv(
-    q_tiles, grad_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, column_ptr, rowterm, delta, c_query_ptr, c_pool_ptr,
-    page_ptr, schedule_ptr, scale, rows, kv_heads, count, slots, pool_heads, pool_blocks,
+    q_tiles, grad_tiles, k_tiles, v_tiles, dk_tiles, dv_tiles, dk_done, dv_done, column_ptr, rowterm, delta,
+    c_query_ptr, c_pool_ptr, page_ptr, schedule_ptr, scale, rows, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    OWN: tl.constexpr, EXACT: tl.constexpr, VECTORS: tl.constexpr,
+    OWN: tl.constexpr, EXACT: tl.constexpr, VECTORS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // COLUMNS
     TILES: tl.constexpr = BLOCK // ROWS
@@ -158,6 +170,9 @@ def _backward_kv(
     work = tl.program_id(0) // PARTS
     row_head, slot = tl.load(heads_ptr + work // slots), work % slots
     page = tl.load(page_ptr + row_head * slots + slot)
+    borrowed = page & 1  # by anyone, if SPLIT
+    if SPLIT:
+        page >>= 1
     # A slot may hold a page that nobody here meets; of several heads another may.
     met = tl.load(last_ptr + row_head * GROUP * slots + slot) >= tl.load(first_ptr + row_head * GROUP * slots + slot)
     if (page < 0) | ((GROUP == 1) & (met == 0)):
@@ -198,8 +213,17 @@ def _backward_kv(
                 scale, row, kv_head * GROUP + member, head * count, BLOCK, GROUP, DIM, ROWS, EXACT, VECTORS, False,
             )  # fmt: skip
         tl.store(column_ptr + sums, -column)
-    store_tile(dk_tiles, pool_row, pool_head, block * BLOCK + begin, dk * scale, COLUMNS, DIM)
-    store_tile(dv_tiles, pool_row, pool_head, block * BLOCK + begin, dv, COLUMNS, DIM)
+    token = block * BLOCK + begin
+    if SPLIT:
+        goes_on = borrowed
+    else:
+        goes_on = 1
+    if goes_on == 0:
+        store_tile(dk_done, pool_row, pool_head, token, dk * scale, COLUMNS, DIM)
+        store_tile(dv_done, pool_row, pool_head, token, dv, COLUMNS, DIM)
+    else:
+        store_tile(dk_tiles, pool_row, pool_head, token, dk * scale, COLUMNS, DIM)
+        store_tile(dv_tiles, pool_row, pool_head, token, dv, COLUMNS, DIM)
 
 
 @triton.jit
@@ -243,10 +267,10 @@ def _meet_queries(
 
 @triton.jit(do_not_specialize=["rows", "count", "slots"])
 def _backward_q(
-    q_tiles, grad_tiles, k_tiles, v_tiles, dq_tiles, row_ptr, rowterm_ptr, delta_ptr, c_query_ptr, c_pool_ptr,
-    page_ptr, schedule_ptr, scale, rows, heads, kv_heads, count, slots, pool_heads, pool_blocks,
+    q_tiles, grad_tiles, k_tiles, v_tiles, dq_tiles, done_tiles, row_ptr, rowterm_ptr, delta_ptr, c_query_ptr,
+    c_pool_ptr, page_ptr, schedule_ptr, scale, rows, heads, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    OWN: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
+    OWN: tl.constexpr, ADD: tl.constexpr, MORE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // ROWS
     TILES: tl.constexpr = BLOCK // COLUMNS
@@ -259,6 +283,7 @@ def _backward_q(
     m = count - 1 - work % count
     row, head = row_head // heads, row_head % heads
     first, last = tl.load(first_ptr + row_head * count + m), tl.load(last_ptr + row_head * count + m)
+    elsewhere, first = first % 2, first // 2
     if ADD and last < first:
         return
     token = m * BLOCK + part * ROWS
@@ -297,7 +322,7 @@ def _backward_q(
         dq += load_tile(dq_tiles, row, head, token, ROWS, DIM)
         sums += tl.load(row_ptr + offset)
     tl.store(row_ptr + offset, sums)
-    store_tile(dq_tiles, row, head, token, dq, ROWS, DIM)
+    store_rows(dq_tiles, done_tiles, row, head, token, dq, elsewhere, ROWS, DIM, ADD, MORE)
 
 
 @triton.jit

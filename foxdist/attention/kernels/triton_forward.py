@@ -15,7 +15,7 @@ import triton.language as tl
 
 from foxdist.attention.kernels.configs import capability, choose
 from foxdist.attention.kernels.launcher import launch
-from foxdist.attention.kernels.operands import LOG2_E, descriptor, find_page, load_tile, product, store_tile
+from foxdist.attention.kernels.operands import LOG2_E, descriptor, find_page, load_tile, product, store_rows
 from foxdist.attention.kernels.schedule import schedule_parts
 from foxdist.attention.merge import Partial
 from foxdist.attention.pages import Pages
@@ -33,13 +33,15 @@ def forward(
     *,
     own: bool,
     merge: bool,
+    more: bool,
 ) -> None:
     """Writes the attention over the pool into `into`; with `merge`, into what `into` holds of earlier pools.
 
     page: [B, K, S] int32. bounded: [B, H] int32, or None: heads whose logits are bounded, so that exp(logit) relative
     to the diagonal tile's largest, or to lse so far, stays inside the dtype's range. own: the pool is the rank's own,
     in which every query block has its diagonal, and pages are of the row and head whose slots hold them. into: out
-    [B, T, H, D], float32 where `merge`; lse2 float32.
+    [B, T, H, D], float32 where `merge` or `more`; lse2 float32; done, where rows go that no pool follows for. more:
+    pools may follow.
     """
     rows, _, heads, dim = queries.q.shape
     tile = choose("triton", capability(queries.q.device), dim, queries.q.dtype).forward
@@ -52,6 +54,7 @@ def forward(
         descriptor(pool.k, tile.columns),
         descriptor(pool.v, tile.columns),
         descriptor(into.out, tile.rows),
+        descriptor(into.out if into.done is None else into.done, tile.rows),
         into.lse2,
         queries.c_in,
         pool.c_in,
@@ -73,6 +76,7 @@ def forward(
         COLUMNS=tile.columns,
         OWN=own,
         MERGE=merge,
+        MORE=more,
         EXACT=queries.q.dtype == torch.float32,
         **tile.options,
     )
@@ -80,10 +84,10 @@ def forward(
 
 @triton.jit(do_not_specialize=["rows", "count", "slots"])
 def _forward(
-    q_tiles, k_tiles, v_tiles, out_tiles, lse2_ptr, c_query_ptr, c_pool_ptr, page_ptr,
+    q_tiles, k_tiles, v_tiles, out_tiles, done_tiles, lse2_ptr, c_query_ptr, c_pool_ptr, page_ptr,
     schedule_ptr, bounded_ptr, scale, rows, heads, kv_heads, count, slots, pool_heads, pool_blocks,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    OWN: tl.constexpr, MERGE: tl.constexpr, EXACT: tl.constexpr,
+    OWN: tl.constexpr, MERGE: tl.constexpr, MORE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK // ROWS
     query_base_ptr, slot_base_ptr, first_ptr, last_ptr, _, _, heads_ptr, _, _, _ = schedule_parts(
@@ -95,6 +99,7 @@ def _forward(
     m = count - 1 - work % count
     row, head = row_head // heads, row_head % heads
     first, last = tl.load(first_ptr + row_head * count + m), tl.load(last_ptr + row_head * count + m)
+    elsewhere, first = first % 2, first // 2
     if MERGE and last < first:
         return
     token = m * BLOCK + part * ROWS
@@ -154,7 +159,7 @@ def _forward(
         out = before * tl.exp2(earlier - reference)[:, None] + out * tl.exp2(lse2 - reference)[:, None]
         lse2 = merged
     tl.store(lse2_ptr + offset, lse2)
-    store_tile(out_tiles, row, head, token, out, ROWS, DIM)
+    store_rows(out_tiles, done_tiles, row, head, token, out, elsewhere, ROWS, DIM, MERGE, MORE)
 
 
 @triton.jit
