@@ -32,7 +32,7 @@ def in_an_exchange(do):
     def before(real):
         def faulty(*args):
             if here("backward"):
-                time.sleep(2.5)
+                time.sleep(5)
                 do()
             real(*args)
 
