@@ -7,7 +7,8 @@
 #
 #   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, all ways pages can move
 #   dense         the same with nothing pruned
-#   training      FoX (Pro) 760M on every dp x cp of N GPUs, with ZeRO-1 and ZeRO-3, all on the same tokens
+#   training      FoX (Pro) 760M on every dp x cp of N GPUs, with ZeRO-1 and ZeRO-3, all on the same tokens; on one or
+#                 two GPUs also 125M, and both with nothing pruned
 #   longest       the longest sequence that trains on N GPUs: FoX (Pro) 125M, 360M, 760M
 #   faults        training on ranks of which one is killed, sleeps or plans otherwise, and that goes on with fewer
 #
@@ -57,6 +58,10 @@ case $gpus in
   4) lengths=(65536 131072 262144) weak=(32768) trained=(131072 262144) ;;
   *) lengths=(131072 262144 1048576) weak=(32768 131072) trained=(262144 1048576) ;;
 esac
+models=(760m) acp=(on) checkpointing=on
+if [ "$gpus" -lt 4 ]; then
+  models=(125m 760m) acp=(on off) checkpointing=off
+fi
 
 # Two sets of inputs and a tenth of a second for each: a quarter of the default's time.
 spread=(context-parallel --shapes "16x64,8x128" --ranks "${sizes[@]}" --lengths "${lengths[@]}" --weak "${weak[@]}"
@@ -71,12 +76,14 @@ dense() {
 }
 
 training() {
-  local length
+  local length model
   for length in "${trained[@]}"; do
-    local common=(train --models fox_pro_760m --lengths "$length" --cp "${sizes[@]}" --ranks "$gpus" --acp on
-      --checkpointing on --warmup 1 --steps 2 --patience 300 "train.tokens_per_step=$((gpus * length))")
-    bench "training-$length-zero-1" "${common[@]}" --zero 1 --compile on
-    bench "training-$length-zero-3" "${common[@]}" --zero 3
+    for model in "${models[@]}"; do
+      local common=(train --models "fox_pro_$model" --lengths "$length" --cp "${sizes[@]}" --ranks "$gpus"
+        --acp "${acp[@]}" --warmup 1 --steps 2 --patience 300 "train.tokens_per_step=$((gpus * length))")
+      bench "training-$model-$length-zero-1" "${common[@]}" --zero 1 --compile on --checkpointing "$checkpointing"
+      bench "training-$model-$length-zero-3" "${common[@]}" --zero 3 --checkpointing on # uncompiled blocks keep more
+    done
   done
 }
 

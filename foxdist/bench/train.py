@@ -235,11 +235,11 @@ def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> R
     row = vars(point) | {"tokens": length, "failed": None}
     label = ", ".join(f"{name} {value}" for name, value in row.items() if name != "failed")
     print(f"measuring {label}", file=sys.stderr, flush=True)
+    begun = time.monotonic()
     try:
         row |= call(measure, cell)
-        print(
-            f"  {row['tokens/s/GPU']:,.0f} tokens/s/GPU, {report.peak_memory(row):.1f} GiB", file=sys.stderr, flush=True
-        )
+        found = f"  {row['tokens/s/GPU']:,.0f} tokens/s/GPU, {report.peak_memory(row):.1f} GiB"
+        print(f"{found}, after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         return row
     except OutOfMemory:
         print("  out of memory", file=sys.stderr, flush=True)
