@@ -347,7 +347,7 @@ def test_ranks_that_hang_are_given_up(no_launcher, capfd):
     call works."""
     call = Processes(2, patience=200)
     try:
-        assert call(one_fails, None)[0] == 0, "ranks that are there already: a start may take longer than they are given"
+        assert call(one_fails, None)[0] == 0, "a start may take longer than what hangs is given"
         call._patience = 5
         begun = time.monotonic()
         with pytest.raises(RankError, match="no answer from ranks 0-1 within 5 s"):
