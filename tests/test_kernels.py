@@ -310,11 +310,13 @@ def test_unused_slots_write_nothing():
 
 
 @pytest.mark.usefixtures("large")
-def test_a_page_that_nobody_meets_is_left_out():
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_page_that_nobody_meets_is_left_out(group):
     """Slots for all pages that causality allows hold such ones, where pruning leaves little."""
-    queries, _, (lent, table), grad = split(FP32, heads=2)
+    queries, _, (lent, table), grad = split(FP32, heads=2 * group)
     queries = queries._replace(start=queries.start.clone())
-    queries.start[:, 0] = queries.blocks.int()  # head 0 keeps nothing but the queries' own blocks
+    # The first K/V head's queries keep nothing but their own blocks; of the second's, the last head keeps more.
+    queries.start[:, : 2 * group - 1] = queries.blocks.int()
     of_pool = Pages(*(torch.full_like(x, 7.0, dtype=FP32) for x in lent))
     prepared = prepare(queries.q, grad, queries.c_in, torch.zeros_like(queries.c_in))
     launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True).of_pool(of_pool)

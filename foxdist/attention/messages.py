@@ -133,6 +133,8 @@ class MessageExchange:
     @cached_property
     def lent(self) -> torch.Tensor:
         """[pages] int32, of the own ones: -1 for those that nobody borrows."""
+        if self.stages == 1:
+            return self._posted[0][0].where.amax(0)
         anywhere = tuple(range(1, self._cp.size))
         pages = _own_pages(self.plan, self._cp.rank, self.plan.lent(self._cp.rank, anywhere))
         lent = np.full(self.plan.own, -1, np.int32)

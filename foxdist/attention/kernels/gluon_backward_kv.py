@@ -65,8 +65,8 @@ def backward_kv(
     *,
     own: bool,
 ) -> None:
-    """Writes the gradients of the pool's used pages into `into`, with one query head a K/V head of those that it meets;
-    of which go where, see `triton_backward`. See `kernels.launch`."""
+    """Writes the gradients of those of the pool's pages that anybody meets into `into`; which go where, see
+    `triton_backward`. See `kernels.launch`."""
     sums, done = into.sums, into.done or into.sums
     rows, _, heads, dim = queries.q.shape
     kv_heads, slots = page.shape[1:]
@@ -124,7 +124,7 @@ def _schedule_parts(schedule_ptr, sizes):
 @gluon.jit
 def _producer(
     descs, ptrs, sizes, smem, bars, D: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, SPLIT: gl.constexpr,
-    KB: gl.constexpr,
+    GROUPED: gl.constexpr, KB: gl.constexpr,
 ):  # fmt: skip
     q_desc, do_desc, r_desc, dl_desc, k_desc, v_desc = descs
     _, _, schedule_ptr, page_ptr = ptrs
@@ -144,8 +144,12 @@ def _producer(
         first = gl.load(first_ptr + kv_head * group * slots + slot)
         last = gl.load(last_ptr + kv_head * group * slots + slot)
         upcoming = -1
-        # A slot may hold a page that nobody here meets; of several heads another may.
-        if (page >= 0) & ((last >= first) | (group > 1)):
+        met = last >= first  # by any head: a slot may hold a page that nobody here meets
+        if GROUPED:
+            for member in range(1, group):
+                at = (kv_head * group + member) * slots + slot
+                met |= gl.load(last_ptr + at) >= gl.load(first_ptr + at)
+        if (page >= 0) & met:
             hand_out(kv_head, slot, page, first, last, n, work_s, work_full, work_empty)
             b, h, block = page_place(page_number(page, SPLIT), pool_heads, pool_blocks)
             mbarrier.wait(kv_empty.index(n % KB), ((n // KB) & 1) ^ 1)
@@ -382,7 +386,7 @@ def kv_kernel(
         [
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 0, D, BM, ST, OWN, PARTIAL, SPLIT, GROUPED, KB, AREG)),
             (_consumer, (outs, ptrs, sizes, scale, smem, bars, 1, D, BM, ST, OWN, PARTIAL, SPLIT, GROUPED, KB, AREG)),
-            (_producer, (descs, ptrs, sizes, smem, bars, D, BM, ST, SPLIT, KB)),
+            (_producer, (descs, ptrs, sizes, smem, bars, D, BM, ST, SPLIT, GROUPED, KB)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -51,7 +51,7 @@ def backward_kv(
 
     grad: [B, T, H, D]. rowterm, delta: [B, H, n, BLOCK] float32, of `prepare`. page, own: as in `forward`; but with
     `into.done`, `page` has twice each number, and 1 more where K and V go to `into.sums` and not there. Pages that
-    no slot holds are not written; those that no query meets get zeros.
+    no slot holds, or no query meets, are not written.
     """
     sums, done = into.sums, into.done or into.sums
     rows, _, heads, dim = queries.q.shape
@@ -173,9 +173,11 @@ def _backward_kv(
     borrowed = page & 1  # by anyone, if SPLIT
     if SPLIT:
         page >>= 1
-    # A slot may hold a page that nobody here meets; of several heads another may.
-    met = tl.load(last_ptr + row_head * GROUP * slots + slot) >= tl.load(first_ptr + row_head * GROUP * slots + slot)
-    if (page < 0) | ((GROUP == 1) & (met == 0)):
+    met = 0  # by any head: a slot may hold a page that nobody here meets
+    for member in tl.static_range(GROUP):
+        at = (row_head * GROUP + member) * slots + slot
+        met |= (tl.load(last_ptr + at) >= tl.load(first_ptr + at)).to(tl.int32)
+    if (page < 0) | (met == 0):
         return
     row, kv_head = row_head // kv_heads, row_head % kv_heads
     pool_row, pool_head, block = find_page(page, row, kv_head, kv_heads, pool_heads, pool_blocks, OWN)
