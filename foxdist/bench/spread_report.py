@@ -228,7 +228,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         line[0].minorticks_off()
         line[1].set_ylim(0)
         line[2].set_ylim(1)
-    grid[0, 0].legend(frameon=False, fontsize=7)
+    lines = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False, fontsize=7, handlelength=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
