@@ -247,7 +247,8 @@ def test_what_measure_asks_for_can_be_measured(installed, gpus):
             continue
         assert max(chosen.ranks) == gpus
         context_parallel.check_points([], context_parallel.points_of(chosen, chosen.ranks))
-    assert [len(chosen) for chosen in found.values()] == [2, 2 * (1 if gpus < 4 else 2) + 1]
+    # ZeRO-1 and ZeRO-3, of two models on few GPUs and of two lengths on many; and the longest.
+    assert [len(chosen) for chosen in found.values()] == [2, 2 * 2 + 1]
     for chosen in found["train"][:-1]:
         for point in train._points(chosen):
             cells = [train._cell(point, length, gpus, chosen) for length in chosen.lengths]
