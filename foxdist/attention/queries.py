@@ -1,4 +1,4 @@
-"""The query side of attention tiles, and its gradients, as every tile implementation takes and returns them."""
+"""The query side of attention tiles, and what backward gives, as every tile implementation takes and returns them."""
 
 from collections.abc import Callable
 from typing import NamedTuple

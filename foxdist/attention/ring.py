@@ -172,11 +172,12 @@ def _gradients(
     backend: str,
 ) -> tuple[QueryGrads, PoolGrads]:
     """The queries' and the own pages' gradients, over all pools; borrowed pages' go home on the way."""
-    several, lent = exchange is not None, exchange.lent if exchange else None
-    of_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=several, lent=lent)
     if exchange is None:
+        of_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=False)
         of_pool = of_own.of_pool(None)
         return of_own.add_queries(None), of_pool
+    lent = exchange.lent
+    of_own = tiles.backward(backend, queries, pool, own, prepared, schedule, own=True, partial=True, lent=lent)
     of_queries = of_own.add_queries(None)  # while the first pages arrive
     of_pool = PoolGrads(pool)  # until the first stage
     for stage, table, borrowed in exchange:

@@ -40,8 +40,8 @@ def forward(
     into = so_far
     if into is None:
         into = Partial(_empty(queries.q, torch.float32 if partial else dtype), torch.empty_like(queries.c_in))
-    if into.done is None:  # in float32 both may be one
-        into = into._replace(done=into.out if into.out.dtype == dtype else _empty(queries.q, dtype))
+    if into.done is None and into.out.dtype != dtype:
+        into = into._replace(done=_empty(queries.q, dtype))
     page = table.page.contiguous()
     if schedule is None:
         schedule = make_schedule(queries, table)
@@ -93,8 +93,8 @@ def backward(
         if so_far is None:
             dq = _empty(queries.q, torch.float32 if partial else dtype)
             so_far = QueryGrads(dq, torch.empty_like(queries.c_in))
-        if so_far.done is None:
-            so_far = so_far._replace(done=so_far.q if so_far.q.dtype == dtype else _empty(queries.q, dtype))
+        if so_far.done is None and so_far.q.dtype != dtype:
+            so_far = so_far._replace(done=_empty(queries.q, dtype))
         kernels.backward_q(queries, pool, order, page, *prepared, so_far, own=own, add=not own, more=partial)
         return so_far
 
