@@ -19,8 +19,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # Bytes that a measured kernel may spill. Forward at D = 128, under its cap of 128 registers, has 48 with the ptxas of
 # Triton 3.6, as the kernel that was measured, and 148 with that of 3.9; all others have less than 60.
 SPILLED = 160
-# Gluon's at D = 128, by kernel (Triton 3.6 / 3.9): forward 12 / 224, dQ 264 / 468, dK/dV 520 / 624; dK/dV's loops read
-# 5 to 8 words of it. At D = 64 none has more than 12.
+# Gluon's at D = 128, by kernel (Triton 3.6 / 3.9): forward 12 / 224, dQ 264 / 468, dK/dV 520 / 584; dK/dV's loops read
+# 5 to 8 words of it. At D = 64 none has more than 12 / 252.
 SPILLED_GLUON = {"forward_kernel": 260, "q_kernel": 540, "kv_kernel": 700}
 # float32 in tensor cores: dK/dV at D = 128; the tile was chosen by its time all the same.
 SPILLED_FLOAT32 = 5000
@@ -53,9 +53,10 @@ def tile_calls(family, dim, dtype, heads=2, borrowed=True):
         launch.forward(family, queries, *own, bounded, None, partial=True)
         lent_pages = torch.zeros(8).int()
         _halves(launch.backward(family, queries, *own, prepared, own=True, partial=True, lent=lent_pages), None)
-        launch.forward(family, queries, *lent, bounded, Partial(q.float(), c_in), partial=True)
-        of_lent = launch.backward(family, queries, *lent, prepared, own=False, partial=True)
-        _halves(of_lent, QueryGrads(q.float(), c_in))
+        for partial in (True, False):
+            launch.forward(family, queries, *lent, bounded, Partial(q.float(), c_in), partial=partial)
+            of_lent = launch.backward(family, queries, *lent, prepared, own=False, partial=partial)
+            _halves(of_lent, QueryGrads(q.float(), c_in))
 
 
 def _halves(backward, so_far):
