@@ -76,11 +76,12 @@ dense() {
 }
 
 training() {
-  local length model
+  local length model steps
   for length in "${trained[@]}"; do
+    steps=$((length > 200000 ? 1 : 2)) # of tens of seconds each
     for model in "${models[@]}"; do
       local common=(train --models "fox_pro_$model" --lengths "$length" --cp "${sizes[@]}" --ranks "$gpus"
-        --acp "${acp[@]}" --warmup 1 --steps 2 --patience 300 "train.tokens_per_step=$((gpus * length))")
+        --acp "${acp[@]}" --warmup 1 --steps "$steps" --patience 300 "train.tokens_per_step=$((gpus * length))")
       bench "training-$model-$length-zero-1" "${common[@]}" --zero 1 --compile on --checkpointing "$checkpointing"
       bench "training-$model-$length-zero-3" "${common[@]}" --zero 3 --checkpointing on # uncompiled blocks keep more
     done
