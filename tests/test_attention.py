@@ -6,7 +6,6 @@ import torch
 
 from foxdist.attention import RESET, Acp, forgetting_attention, naive_forgetting_attention, tiles_torch
 from foxdist.attention.interface import find_kept
-from foxdist.attention.queries import Queries
 
 from cases import GATES, gradients, inputs, relative
 
@@ -188,8 +187,8 @@ def test_no_round_is_without_blocks_to_meet(asking, pool):
     blocks = torch.tensor(list(asking))
     table = torch.full((1, 2, 24), -1)
     table[0, 1, list(pool)] = 0
-    queries = Queries(None, None, None, torch.zeros(1, 2, len(blocks), dtype=torch.int64), blocks, 1.0)
     pairs = {m - n for m in asking for n in pool if m >= n}
-    assert tiles_torch._distances(queries, table) == sorted(pairs)
-    near = queries._replace(start=(blocks - 2).clamp_min(0).expand(1, 2, -1))
-    assert tiles_torch._distances(near, table) == sorted(d for d in pairs if d <= 2)
+    everything = torch.zeros(1, 2, len(blocks), dtype=torch.int64)
+    assert tiles_torch._distances(blocks, everything, table) == sorted(pairs)
+    near = (blocks - 2).clamp_min(0).expand(1, 2, -1)
+    assert tiles_torch._distances(blocks, near, table) == sorted(d for d in pairs if d <= 2)

@@ -30,7 +30,7 @@ def certify(tensors, start, rank=0, size=1, layout="contiguous", samples=MANY):
     blocks = blocks_of(rank, size, start.shape[-1], layout)
     q, k = (shard(x, rank, size, layout) for x in tensors[:2])
     cp = ContextParallel(dist.group.WORLD, layout) if size > 1 else None
-    queries = Queries(q, c_in[:, :, blocks], base, start[:, :, blocks], blocks, 0.25)
+    queries = Queries(q, c_in[:, :, blocks], base, start, blocks, 0.25)
     return certificate.pruned_weight(queries, k, start, samples, cp)
 
 

@@ -50,6 +50,7 @@ def tile_calls(family, dim, dtype, heads=2, borrowed=True):
     launch.forward(family, queries, *own, bounded, None, partial=False)
     _halves(launch.backward(family, queries, *own, prepared, own=True, partial=False), None)
     if borrowed:
+        queries = queries._replace(base=torch.zeros(1, heads, 9).double(), start=torch.zeros(1, heads, 8).int())
         launch.forward(family, queries, *own, bounded, None, partial=True)
         lent_pages = torch.zeros(8).int()
         _halves(launch.backward(family, queries, *own, prepared, own=True, partial=True, lent=lent_pages), None)

@@ -222,7 +222,7 @@ def split(dtype, dim=16, heads=4, kv_heads=2):
     """
     queries, own, grad, pool = owning([0, 2, 3], dtype, dim, heads, kv_heads)
     lent, table = borrowed(pool, [1], 4, [[1, 1], [1, 0]])
-    queries.start[1, heads // kv_heads :, 1:].clamp_(min=2)  # who keeps a page borrows it
+    queries.start[1, heads // kv_heads :, 2:].clamp_(min=2)  # who keeps a page borrows it
     return queries, own, (lent, table), grad
 
 
@@ -234,7 +234,6 @@ def owning(mine, dtype, dim, heads, kv_heads):
     queries = queries._replace(
         q=queries.q[:, tokens],
         c_in=queries.c_in[:, :, mine].contiguous(),
-        start=queries.start[:, :, mine],
         blocks=torch.tensor(mine, device=DEVICE),
     )
     return queries, (own, own_table(2, kv_heads, queries.blocks)), grad[:, tokens], pool
@@ -280,7 +279,7 @@ def test_rows_that_meet_nothing_are_untouched():
     out = torch.full_like(queries.q, float("nan"))
     lse2 = torch.full_like(queries.c_in, float("nan"))
     met = torch.zeros(2, 4, 3, dtype=torch.bool, device=DEVICE)
-    met[:, :, 1:] = (queries.start <= 1)[:, :, 1:]
+    met[:, :, 1:] = (queries.start <= 1)[:, :, queries.blocks[1:]]
     met[1, 2:] = False
     found = launch.forward(RUN["family"], queries, lent, table, None, Partial(out, lse2), partial=True)
     assert found.out is out
@@ -316,7 +315,7 @@ def test_a_page_that_nobody_meets_is_left_out(group):
     queries, _, (lent, table), grad = split(FP32, heads=2 * group)
     queries = queries._replace(start=queries.start.clone())
     # The first K/V head's queries keep nothing but their own blocks; of the second's, the last head keeps more.
-    queries.start[:, : 2 * group - 1] = queries.blocks.int()
+    queries.start[:, : 2 * group - 1] = torch.arange(4, dtype=torch.int32, device=DEVICE)
     of_pool = Pages(*(torch.full_like(x, 7.0, dtype=FP32) for x in lent))
     prepared = prepare(queries.q, grad, queries.c_in, torch.zeros_like(queries.c_in))
     launch.backward(RUN["family"], queries, lent, table, prepared, own=False, partial=True).of_pool(of_pool)

@@ -18,7 +18,9 @@ def test_schedule_is_what_brute_force_finds(seed, monkeypatch):
     g = torch.Generator().manual_seed(seed)
     rows, heads, kv_heads, total = 2, 4, 2, 300
     blocks = torch.randperm(total, generator=g)[:150].sort().values
-    start = (blocks - torch.randint(0, 40, (rows, heads, len(blocks)), generator=g)).clamp_min(0).cummax(-1).values
+    back = torch.randint(0, 40, (rows, heads, total), generator=g)
+    whole = (torch.arange(total) - back).clamp_min(0).cummax(-1).values
+    start = whole[:, :, blocks]
     slots = 140
     block = torch.full((rows, kv_heads, slots), total, dtype=torch.int32)
     for b in range(rows):
@@ -28,7 +30,7 @@ def test_schedule_is_what_brute_force_finds(seed, monkeypatch):
     base = -torch.rand(rows, heads, total + 1, generator=g, dtype=torch.float64).cumsum(-1)
     table = BlockTable(block.to(DEVICE), torch.where(block < total, 0, -1).int().to(DEVICE))
     q = torch.empty(rows, 1, heads, 16, device=DEVICE)
-    queries = Queries(q, None, base.to(DEVICE), start.int().to(DEVICE), blocks.to(DEVICE), 1.0)
+    queries = Queries(q, None, base.to(DEVICE), whole.int().to(DEVICE), blocks.to(DEVICE), 1.0)
     words = make_schedule(queries, table).cpu()
     assert len(words) == schedule_size(rows, heads, kv_heads, len(blocks), slots)
     of_queries, of_slots = rows * heads * len(blocks), rows * heads * slots

@@ -33,8 +33,7 @@ def count(
     kv, gate = pool.bytes_each()
     traffic = _without_pruning(rows, heads, total, cp, kv)
     if isinstance(exchange, PeerExchange):
-        pages = torch.cat([exchange.needs.moved, exchange.really_needed(start).moved[:1]])
-        return _counts_known(rows * causal, rows * blocks, traffic).clone(), pages
+        return _counts_known(rows * causal, rows * blocks, traffic).clone(), exchange.moved(start)
     if isinstance(exchange, MessageExchange) and needed:
         traffic += Traffic(
             bytes_sent=exchange.sent_pages * kv,

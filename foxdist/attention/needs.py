@@ -12,8 +12,9 @@ import torch
 from foxdist.attention.slots import Needs, Slots
 
 
-def find_needs(start: torch.Tensor, kv_heads: int, slots: Slots, kernels: bool) -> Needs:
-    """Who needs what, by `start` [B, H, N] int32 of the whole sequence."""
+def find_needs(start: torch.Tensor, kv_heads: int, slots: Slots, kernels: bool) -> tuple[Needs, torch.Tensor]:
+    """Who needs what, by `start` [B, H, N] int32 of the whole sequence; and [3, P - 1] int32, pages lent and borrowed
+    over each distance, and those lent again: `AttentionStats.pages` where what travels is what is needed."""
     if kernels:
         from foxdist.attention.kernels import needs  # Triton is not there on every machine
 
@@ -34,5 +35,6 @@ def find_needs(start: torch.Tensor, kv_heads: int, slots: Slots, kernels: bool) 
     borrowed = borrowed.view(-1, slots.stages, slots.slots).transpose(0, 1).flatten(1)
     received = torch.zeros(len(needed[0]), dtype=torch.int32, device=start.device)
     received.index_add_(0, slots.distance.long(), wanted.sum(0, dtype=torch.int32))
-    moved = torch.stack([needed.sum((0, 2), dtype=torch.int32), received])
-    return Needs(lent, borrowed.contiguous(), back.int().contiguous(), moved)
+    given = needed.sum((0, 2), dtype=torch.int32)
+    words = torch.cat([lent, borrowed.flatten(), back.int().flatten()])
+    return slots.needs(words), torch.stack([given, received, given])

@@ -19,6 +19,7 @@ from foxdist.attention.acp import Acp, reference_room
 from foxdist.attention.boundary import Boundary
 from foxdist.attention.plan import Plan
 from foxdist.attention.replay import remember
+from foxdist.attention.slots import needs_size
 from foxdist.attention.stats import COUNTS
 from foxdist.attention.transport import ContextParallel, context_parallel
 from foxdist.layout import BLOCK, chunk_count
@@ -27,8 +28,8 @@ Outputs = tuple[torch.Tensor, ...]
 
 _library = torch.library.Library("foxdist", "FRAGMENT")
 # c_in, base, start and bounded are those of `boundary.Boundary`; out, lse2 and schedule those of `ring.Result`; need is
-# that of `Plan` or [0]; counts, pages and pruned are of stats.py. attention reads log_f through c_in alone, and takes
-# it for its gradient.
+# that of `Plan` on the host, `Needs.words` on the device, or [0]; counts, pages and pruned are of stats.py. attention
+# reads log_f through c_in alone, and takes it for its gradient.
 _library.define(
     "find_kept(Tensor log_f, Tensor? q, Tensor? k, int kv_heads, Tensor? bound_by_head, float? bound_number, "
     "float? log_eps, str bound, float scale, float room, str backend, str cp) -> (Tensor c_in, Tensor base, "
@@ -201,7 +202,9 @@ def _forward(
 
     def compute() -> tuple[torch.Tensor, ...]:
         result, counts, pages, pruned = ring.forward(q, k, v, Boundary(c_in, base, start, bounded), call)
-        need = torch.from_numpy(result.plan.need) if result.plan else torch.zeros(0, dtype=torch.int64, device="cpu")
+        need = torch.from_numpy(result.plan.need) if result.plan else result.needs
+        if need is None:
+            need = torch.zeros(0, dtype=torch.int64, device="cpu")
         return *(x.contiguous() for x in (result.out, result.lse2, result.schedule, need)), counts, pages, pruned
 
     with _as_written(q):
@@ -214,16 +217,18 @@ def _fake_forward(
     *_, certify, _, _, backend, cp = rest
     rows, _, heads, _ = q.shape
     spread = context_parallel(cp)
-    need = [0]
-    on_host = spread is not None and spread.transport != "peer"
+    on_host = spread is None or spread.transport != "peer"
+    need = log_f.new_empty(0, dtype=torch.int64, device="cpu")
     if spread and on_host:
-        need = [rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout)]
+        need = need.new_empty(rows, k.shape[2], spread.size, chunk_count(spread.size, spread.layout))
+    elif spread:
+        need = log_f.new_empty(needs_size(rows * k.shape[2] * c_in.shape[2], spread.size), dtype=torch.int32)
     words = tiles.schedule_size(backend, rows, heads, k.shape[2], c_in.shape[2])
     return (
         q.new_empty(q.shape),
         torch.empty_like(c_in),
         log_f.new_empty(words, dtype=torch.int64),
-        log_f.new_empty(need, dtype=torch.int64, device="cpu"),
+        need,
         log_f.new_empty(COUNTS, dtype=torch.int64, device="cpu"),
         log_f.new_empty((3, spread.size - 1) if spread and not on_host else 0, dtype=torch.int32),
         log_f.new_empty(heads if certify else 0),
@@ -248,8 +253,12 @@ def _backward(
     cp: str,
 ) -> Outputs:
     spread = context_parallel(cp)
-    plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy()) if spread and len(need) else None
-    result = ring.Result(out, lse2, c_in, base, start, schedule, plan)
+    plan = needs = None
+    if spread and spread.transport == "peer":
+        needs = need
+    elif spread and len(need):
+        plan = Plan(spread.size, spread.layout, start.shape[-1], need.numpy())
+    result = ring.Result(out, lse2, c_in, base, start, schedule, plan, needs)
     with _as_written(q):
         gradients = ring.backward(q, k, v, result, grad, ring.Call(scale, None, spread, backend, dry_run))
     return tuple(x.contiguous() for x in gradients)

@@ -21,7 +21,7 @@ from foxdist.attention import copies, streams
 from foxdist.attention.needs import find_needs
 from foxdist.attention.pages import BlockTable, Pages, PoolGrads, page_bytes, pages_in
 from foxdist.attention.plan import GATHERED, UNDER_WAY
-from foxdist.attention.slots import Needs, make_slots
+from foxdist.attention.slots import make_slots
 from foxdist.attention.symmetric import Symmetric, reachable
 from foxdist.attention.transport import ContextParallel
 
@@ -29,13 +29,18 @@ from foxdist.attention.transport import ContextParallel
 class PeerExchange:
     """The pages of one call, forward or backward, from the side of one rank, whose own pages are `pool`."""
 
-    def __init__(self, cp: ContextParallel, start: torch.Tensor, pool: Pages, kernels: bool):
-        """start: [B, H, N] int32, of the whole sequence."""
+    def __init__(
+        self, cp: ContextParallel, start: torch.Tensor, pool: Pages, kernels: bool, words: torch.Tensor | None = None
+    ):
+        """start: [B, H, N] int32, of the whole sequence. words: of the `Needs` of an exchange by the same `start`."""
         rows, _, heads, dim = pool.k.shape
         shape = Shape(rows, heads, pool.group, dim, start.shape[-1], pool.k.dtype, pool.k.device)
         self._cp, self._device, self._kernels, self._start = cp, pool.k.device, kernels, start
         self._memory = memory = _memory(cp, shape)
-        self.needs = find_needs(start, heads, memory.slots, kernels)
+        if words is None:
+            self.needs, self._moved = find_needs(start, heads, memory.slots, kernels)
+        else:
+            self.needs = memory.slots.needs(words)
         self._arrived: list[torch.cuda.Event | None] = []
         self._returned: list[torch.cuda.Event | None] = []
 
@@ -61,11 +66,13 @@ class PeerExchange:
         """[pages] int32, of the own ones: -1 for those that nobody borrows."""
         return self.needs.lent
 
-    def really_needed(self, start: torch.Tensor) -> Needs:
-        """What `start` needs; what travels is that, but in a dry run."""
+    def moved(self, start: torch.Tensor) -> torch.Tensor:
+        """[3, P - 1] int32, see `AttentionStats.pages`. start: what the boundary keeps; what travels is that, but in a
+        dry run."""
         if start is self._start:
-            return self.needs
-        return find_needs(start, self._memory.heads, self._memory.slots, self._kernels)
+            return self._moved
+        _, needed = find_needs(start, self._memory.heads, self._memory.slots, self._kernels)
+        return torch.cat([self._moved[:2], needed[2:]])
 
     def __iter__(self) -> Iterator[tuple[int, BlockTable, Pages]]:
         """The stages in turn: number, where the borrowed pages are, and the pages, which stay until the next."""

@@ -14,7 +14,7 @@ class Queries(NamedTuple):
     q: torch.Tensor  # [B, T, H, D]
     c_in: torch.Tensor  # [B, H, n, BLOCK] float32
     base: torch.Tensor  # [B, H, N + 1] float64, of the whole sequence
-    start: torch.Tensor  # [B, H, n] int: first block of the sequence that each query block keeps
+    start: torch.Tensor  # [B, H, N] int32, of the whole sequence, too: the first block that each query block keeps
     blocks: torch.Tensor  # [n] int64: global index of each query block, ascending
     scale: float
 

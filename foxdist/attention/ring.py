@@ -72,6 +72,8 @@ class Result:
     schedule: torch.Tensor  # of the own pool, by `tiles.make_schedule`
     plan: Plan | None
     """None where nothing is borrowed, or where the transport needs no plan on the host."""
+    needs: torch.Tensor | None
+    """The plan on the device, `Needs.words`, where that is what the transport needs."""
 
 
 def find_kept(
@@ -128,7 +130,7 @@ def forward(
     plan = needed
     if needed and call.dry_run:
         plan = causal_plan(len(needed.need), needed.need.shape[1], needed.blocks, needed.size, needed.layout)
-    exchange = _exchange(cp, plan, lent, pool, call.backend)
+    exchange = _exchange(cp, plan, None, lent, pool, call.backend)
     several = exchange is not None
     partial = tiles.forward(call.backend, queries, pool, own, bounded, None, schedule, partial=several)
     if exchange:
@@ -136,7 +138,8 @@ def forward(
             more = stage + 1 < exchange.stages
             partial = tiles.forward(call.backend, queries, borrowed, table, bounded, partial, partial=more)
 
-    result = Result(partial.finished(q.dtype), partial.lse2, kept.c_in, kept.base, start, schedule, plan)
+    words = exchange.needs.words if isinstance(exchange, PeerExchange) else None
+    result = Result(partial.finished(q.dtype), partial.lse2, kept.c_in, kept.base, start, schedule, plan, words)
     samples = call.acp.certify if call.acp else 0
     pruned = pruned_weight(queries, k, start, samples, cp) if samples else lent.new_empty(0, dtype=torch.float32)
     counts, pages = count(start, pool, cp, exchange, needed)
@@ -149,8 +152,7 @@ def backward(
     """Gradients of q, k, v and log_f, in the dtype of each."""
     length, cp = q.shape[1], call.cp
     queries, pool, own = _local(q, k, v, result.c_in, result.base, result.start, call)
-    lent = torch.zeros_like(result.start) if call.dry_run else result.start
-    exchange = _exchange(cp, result.plan, lent, pool, call.backend)
+    exchange = _exchange(cp, result.plan, result.needs, result.start, pool, call.backend)
     prepared = tiles.prepare(call.backend, result.out, grad, result.c_in, result.lse2)
     of_queries, of_pool = _gradients(queries, pool, own, prepared, result.schedule, exchange, call.backend)
     row, column = of_queries.row, of_pool.sums.c_in
@@ -204,10 +206,8 @@ def _local(
 ) -> tuple[Queries, Pages, BlockTable]:
     """This rank's queries, its own K and V as a pool, and the table of that pool."""
     blocks, table = _own(len(k), k.shape[2], start.shape[-1], call.cp, q.device)
-    mine = start.index_select(2, blocks) if call.cp else start
-    if call.dry_run:
-        mine = torch.zeros_like(mine)
-    return Queries(q, c_in, base, mine, blocks, call.scale), Pages(k, v, c_in), table
+    start = torch.zeros_like(start) if call.dry_run else start
+    return Queries(q, c_in, base, start, blocks, call.scale), Pages(k, v, c_in), table
 
 
 @lru_cache(maxsize=64)
@@ -223,15 +223,19 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None, what: str) -> torch.Tens
     """Per-block values [B, H, n, ...] of all ranks, in the order of the sequence: [B, H, N, ...]."""
     if cp is None:
         return x
-    parts = all_gather(cp, x, what).movedim(0, 2).flatten(2, 3)
-    return parts if cp.layout == "contiguous" else parts.index_select(2, _order(parts.shape[2], cp, x.device))
+    rows, heads, count = x.shape[:3]
+    parts = all_gather(cp, x, what).flatten(0, 3)
+    whole = parts.index_select(0, _order(rows, heads, count, cp, x.device))
+    return whole.view(rows, heads, cp.size * count, *x.shape[3:])
 
 
 @lru_cache(maxsize=64)
-def _order(total: int, cp: ContextParallel, device: torch.device) -> torch.Tensor:
-    """[N]: where each block of the sequence stands in what ranks own, one rank after the other."""
-    owned = [blocks_of(rank, cp.size, total, cp.layout) for rank in range(cp.size)]
-    return torch.cat(owned).argsort().to(device)
+def _order(rows: int, heads: int, count: int, cp: ContextParallel, device: torch.device) -> torch.Tensor:
+    """[B * H * N]: where each row's and head's blocks of the sequence stand in [P, B, H, n], what ranks own."""
+    owned = [blocks_of(rank, cp.size, cp.size * count, cp.layout) for rank in range(cp.size)]
+    place = torch.cat(owned).argsort()  # [N], in what ranks own, one after the other
+    pair = torch.arange(rows * heads)[:, None]
+    return ((place // count * rows * heads + pair) * count + place % count).flatten().to(device)
 
 
 def _logit_bound(
@@ -273,14 +277,19 @@ def _plan(first: streams.ToHost | None, blocks: int, cp: ContextParallel | None)
 
 
 def _exchange(
-    cp: ContextParallel | None, plan: Plan | None, start: torch.Tensor, pool: Pages, backend: str
+    cp: ContextParallel | None,
+    plan: Plan | None,
+    needs: torch.Tensor | None,
+    start: torch.Tensor,
+    pool: Pages,
+    backend: str,
 ) -> Exchange | None:
-    """The pages of this call, on their way; None if no rank of the group borrows any."""
+    """The pages of this call, on their way; None if no rank of the group borrows any. needs: of a `Result`, or None."""
     in_kernels = pool.k.is_cuda or backend != "torch"
     if cp is None:
         return None
     if plan is None:
-        return PeerExchange(cp, start, pool, in_kernels)
+        return PeerExchange(cp, start, pool, in_kernels, needs)
     return MessageExchange(cp, plan, pool, in_kernels) if plan.counts.any() else None
 
 

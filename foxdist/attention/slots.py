@@ -17,10 +17,10 @@ from foxdist.layout import blocks_of, chunk_count, chunks_of
 class Needs(NamedTuple):
     """The plan of one call as one rank sees it; -1 stands for what is not needed. Distances: see `Plan.stages`."""
 
+    words: torch.Tensor  # [needs_size] int32: all that follows, which are views of it
     lent: torch.Tensor  # [pages] int32: each own page's number if anyone needs it
     borrowed: torch.Tensor  # [stages, B * K * S] int32: the lender's page for each slot
     back: torch.Tensor  # [P - 1, pages] int32: at distance d + 1, the borrower's slot that holds each own page
-    moved: torch.Tensor  # [2, P - 1] int32: pages lent and borrowed over each distance
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,21 @@ class Slots:
     lender: torch.Tensor
     """[stages * S]: its owner's rank."""
 
+    def needs(self, words: torch.Tensor) -> Needs:
+        """The tables that lie in `words`, or will."""
+        others = len(self.behind)
+        pages = len(words) // (1 + 2 * others)
+        lent, borrowed, back = words.split([pages, others * pages, others * pages])
+        return Needs(words, lent, borrowed.view(self.stages, -1), back.view(others, -1))
+
     def table(self, stage: int, rows: int, heads: int) -> BlockTable:
         """Where the pool of `stage` holds its blocks: each slot its own page."""
         return _stage_table(self, stage, rows, heads)
+
+
+def needs_size(pages: int, size: int) -> int:
+    """Words of a rank's `Needs`. pages: its own, over batch rows and K/V heads; it may borrow as many of each other."""
+    return pages * (1 + 2 * (size - 1))
 
 
 @lru_cache(maxsize=64)

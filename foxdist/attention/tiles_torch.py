@@ -113,14 +113,15 @@ def _c_pages(pool: Pages) -> torch.Tensor:
 def _batches(queries: Queries, held: BlockTable) -> Iterator[_Batch]:
     """The kept tiles whose block the pool holds, by distance, nearest first."""
     table = held.whole(queries.base.shape[-1] - 1)
-    _, heads, count = queries.start.shape
+    start = queries.start[:, :, queries.blocks]  # [B, H, n]
+    _, heads, count = start.shape
     group = heads // table.shape[1]
     head = torch.arange(heads, device=table.device)
     base, stride = queries.base.flatten(), queries.base.shape[-1]
-    for distance in _distances(queries, table):
+    for distance in _distances(queries.blocks, start, table):
         block = queries.blocks - distance  # [n]
         page = table[:, head // group][:, :, block.clamp_min(0)]  # [B, H, n]
-        kept = (block >= queries.start) & (block >= 0) & (page >= 0)
+        kept = (block >= start) & (block >= 0) & (page >= 0)
         query = kept.flatten().nonzero().squeeze(1)
         for part in query.split(TILES_AT_ONCE[table.device.type]) if len(query) else ():
             member = part // count % heads % group
@@ -129,11 +130,11 @@ def _batches(queries: Queries, held: BlockTable) -> Iterator[_Batch]:
             yield _Batch(part, page.flatten()[part].long(), member, shift, distance == 0)
 
 
-def _distances(queries: Queries, table: torch.Tensor) -> list[int]:
-    """Ascending, the distances at which any query block can meet a block of the pool."""
+def _distances(blocks: torch.Tensor, start: torch.Tensor, table: torch.Tensor) -> list[int]:
+    """Ascending, the distances at which any query block can meet a block of the pool. start: of those `blocks`."""
     held = _runs((table >= 0).any(1).any(0).nonzero().squeeze(1))
-    asking = _runs(queries.blocks)
-    reach = (queries.blocks - queries.start).amax((0, 1)).split([len(run) for run in asking])
+    asking = _runs(blocks)
+    reach = (blocks - start).amax((0, 1)).split([len(run) for run in asking])
     found: set[int] = set()
     for rows, furthest in zip(asking, reach):
         for run in held:

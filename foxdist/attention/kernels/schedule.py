@@ -27,14 +27,15 @@ def make_schedule(queries: Queries, table: BlockTable) -> torch.Tensor:
 
     It may serve any number of kernels, one at a time.
     """
-    rows, heads, count = queries.start.shape
+    rows, heads, total = queries.start.shape
+    count = len(queries.blocks)
     kv_heads, slots = table.block.shape[1:]
     size = schedule_size(rows, heads, kv_heads, count, slots)
     words = torch.zeros(size, dtype=torch.int64, device=queries.q.device)
     launch(_schedule, (rows * (heads + kv_heads), cdiv(max(count, slots), LANES)),
         queries.start.contiguous(), queries.blocks, table.block.contiguous(), queries.base, words,
-        rows * heads, rows * kv_heads, count, slots, queries.base.shape[-1] - 1, max(count, slots).bit_length(),
-        LANES=LANES, HEADS=HEADS, ORDERED=ORDERED,
+        rows * heads, rows * kv_heads, count, slots, total, max(count, slots).bit_length(),
+        ALL=count == total, LANES=LANES, HEADS=HEADS, ORDERED=ORDERED,
     )  # fmt: skip
     return words
 
@@ -70,13 +71,18 @@ schedule_parts = triton.jit(parts)
 
 
 @triton.jit
-def _count_below(sorted_ptr, size, value, steps, LANES: tl.constexpr, INCLUSIVE: tl.constexpr):
-    """How many of `size` ascending numbers are below `value` (INCLUSIVE: or equal to it), in `steps` bisections."""
+def _count_below(sorted_ptr, places_ptr, size, value, steps, LANES: tl.constexpr, INCLUSIVE: tl.constexpr):
+    """How many of `size` ascending numbers are below `value` (INCLUSIVE: or equal to it), in `steps` bisections.
+    places_ptr: where the numbers are, ascending, too; None: one after the other."""
     low = tl.zeros([LANES], tl.int32)
     high = tl.zeros([LANES], tl.int32) + size
     for _ in range(steps):
         middle = (low + high) // 2
-        found = tl.load(sorted_ptr + middle, mask=low < high, other=0)
+        if places_ptr is None:
+            found = tl.load(sorted_ptr + middle, mask=low < high, other=0)
+        else:
+            place = tl.load(places_ptr + middle, mask=low < high, other=0)
+            found = tl.load(sorted_ptr + place, mask=low < high, other=0)
         if INCLUSIVE:
             below = found <= value
         else:
@@ -89,9 +95,10 @@ def _count_below(sorted_ptr, size, value, steps, LANES: tl.constexpr, INCLUSIVE:
 @triton.jit(do_not_specialize=["heads", "kv_heads", "count", "slots", "total", "steps"])
 def _schedule(
     start_ptr, blocks_ptr, block_ptr, base_ptr, words_ptr, heads, kv_heads, count, slots, total, steps,
-    LANES: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr,
+    ALL: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Programs of query heads, then of K/V heads; each a piece of LANES positions. The last to end orders the heads."""
+    """Programs of query heads, then of K/V heads; each a piece of LANES positions. The last to end orders the heads.
+    ALL: the query blocks are those of the whole sequence."""
     query_base, slot_base, first_slot, last_slot, first_query, last_query, query_heads, slot_heads, _, counts = (
         schedule_parts(words_ptr, heads, kv_heads, count, slots)
     )  # fmt: skip
@@ -103,10 +110,10 @@ def _schedule(
         head = program
         real = place < count
         held_ptr = block_ptr + head // group * slots
-        start = tl.load(start_ptr + head * count + place, mask=real, other=0)
         block = tl.load(blocks_ptr + place, mask=real, other=0).to(tl.int32)
-        first = _count_below(held_ptr, slots, start, steps, LANES, False)
-        last = _count_below(held_ptr, slots, block, steps, LANES, True) - 1
+        start = tl.load(start_ptr + head * total + block, mask=real, other=0)
+        first = _count_below(held_ptr, None, slots, start, steps, LANES, False)
+        last = _count_below(held_ptr, None, slots, block, steps, LANES, True) - 1
         elsewhere = (block - start > last - first).to(tl.int32)
         tl.store(first_slot + head * count + place, 2 * first + elsewhere, mask=real)
         tl.store(last_slot + head * count + place, last, mask=real)
@@ -118,10 +125,11 @@ def _schedule(
         real = place < slots
         block = tl.load(block_ptr + kv_head * slots + place, mask=real, other=total)
         used = block < total
-        first = _count_below(blocks_ptr, count, block, steps, LANES, False)
+        places = None if ALL else blocks_ptr
+        first = _count_below(blocks_ptr, None, count, block, steps, LANES, False)
         for member in range(group):
             head = kv_head * group + member
-            last = _count_below(start_ptr + head * count, count, block, steps, LANES, True) - 1
+            last = _count_below(start_ptr + head * total, places, count, block, steps, LANES, True) - 1
             last = tl.where(used, last, -1)
             tl.store(first_query + head * slots + place, first, mask=real)
             tl.store(last_query + head * slots + place, last, mask=real)
