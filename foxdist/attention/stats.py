@@ -36,34 +36,32 @@ class Traffic:
         return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
 
-_TRAFFIC = tuple(field.name for field in fields(Traffic))
-
-
 def counts_of(causal_by_head: int, query_blocks: int, traffic: Traffic) -> torch.Tensor:
     """What the host knows of one call, as int64 numbers that add up over calls: 1, tiles of one head that causality
     allows, query blocks of one head (both over the batch), and the fields of `traffic`."""
     return torch.tensor([1, causal_by_head, query_blocks, *vars(traffic).values()], device="cpu")
 
 
-COUNTS = 3 + len(_TRAFFIC)
+COUNTS = 3 + len(fields(Traffic))
 """How many numbers `counts_of` holds."""
 
 
+MOVED = ("bytes_sent", "bytes_needed", "bytes_gates", "pairs_sent", "stages_run")
+"""What of `Traffic` only the device may know."""
+
+
 def moved_of(pages: torch.Tensor, kv: int, gate: int) -> torch.Tensor:
-    """What only the device knows of one call: [COUNTS] int64, to be added to `counts_of`.
+    """`MOVED` of one call, [5] int64 on the device: a sum over distances of each, and no more kernels than that takes.
 
     pages: [3, P - 1], see `AttentionStats.pages`. kv, gate: bytes of a page.
     """
     sent, received, needed = pages.long()
-    zero = sent.new_zeros(())
-    known = {
-        "bytes_sent": sent.sum() * kv,
-        "bytes_needed": needed.sum() * kv,
-        "bytes_gates": sent.sum() * gate,
-        "pairs_sent": (sent > 0).sum(),
-        "stages_run": (sent + received > 0).sum(),
-    }
-    return torch.stack([zero] * 3 + [known.get(name, zero) for name in _TRAFFIC])
+    return torch.stack([sent * kv, needed * kv, sent * gate, (sent > 0).long(), (sent + received > 0).long()]).sum(1)
+
+
+def traffic_of(counts: list[int], moved: list[int]) -> Traffic:
+    """counts: of `counts_of`. moved: of `moved_of`, or empty where the host knows all."""
+    return Traffic(*counts[3:]) + Traffic(**dict(zip(MOVED, moved)))
 
 
 class Counted(NamedTuple):
@@ -110,12 +108,11 @@ class AttentionStats:
     @property
     def traffic(self) -> Traffic:
         """What this rank handed to the transport."""
-        whole = self.counts + self.moved.cpu() if len(self.pages) else self.counts
-        return Traffic(*whole[3:].tolist())
+        return traffic_of(self.counts.tolist(), self.moved.tolist())
 
     @property
     def moved(self) -> torch.Tensor:
-        """[COUNTS] int64 on the device, see `moved_of`, to be added to `counts`; [0] where the host knows all."""
+        """[5] int64 on the device, see `moved_of`; [0] where the host knows all."""
         return moved_of(self.pages, *self.page_bytes) if len(self.pages) else self.pages
 
     @property
@@ -182,7 +179,7 @@ class Meter(nn.Module):
 
     def __init__(self, heads: int, kv_heads: int):
         super().__init__()
-        self.register_buffer("moved", torch.zeros(COUNTS, dtype=torch.int64), persistent=False)
+        self.register_buffer("moved", torch.zeros(len(MOVED), dtype=torch.int64), persistent=False)
         self.register_buffer("pruned", torch.full((heads,), torch.nan), persistent=False)
         self.register_buffer("kept_by_head", torch.zeros(heads, dtype=torch.int64), persistent=False)
         self.register_buffer("needed_by_head", torch.zeros(kv_heads, dtype=torch.int64), persistent=False)
@@ -201,9 +198,10 @@ class Meter(nn.Module):
 
     def take(self) -> Counts:
         """The counts, which start again from nothing."""
-        calls, causal, blocks, *traffic = (self.counts + self.moved.cpu()).tolist()
+        calls, causal, blocks, *_ = counts = self.counts.tolist()
         on_device = (self.pruned.clone(), self.needed_by_head.clone())
-        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, Traffic(*traffic), *on_device)
+        traffic = traffic_of(counts, self.moved.tolist())
+        taken = Counts(calls, self.kept_by_head.clone(), causal, blocks, traffic, *on_device)
         for total in (self.counts, self.moved, self.kept_by_head, self.needed_by_head):
             total.zero_()
         self.pruned.fill_(torch.nan)
