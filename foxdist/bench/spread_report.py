@@ -194,14 +194,15 @@ def _number(x: float) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Over the ranks, a row for each shape: speed-up beside the ideal, K/V of a dense ring's, and balance.
 
-    Forecasts are dashed, what was measured is drawn through: of several schedules the fastest.
+    Forecasts are dashed, what was measured is drawn through: of several schedules the fastest. Both begin at one rank,
+    if that was measured.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row | {"plan": True} for row in result["plan"]]
+    rows = [row | {"plan": True} for row in [*_alone(result), *result["plan"]]]
     rows += [row | {"plan": False, "speed_up": row["forward+backward_speed_up"]} for row in _fastest(result["rows"])]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     size = (13, 1 + 3.4 * len(shapes))
@@ -223,7 +224,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
         line[0].plot(ranks, ranks, color="black", linestyle=":", label="ideal")
-        line[0].set(yscale="log", ylim=(ranks[0] / 2, ranks[-1] * 1.2))
+        line[0].set(yscale="log", ylim=(ranks[0] / 1.5, ranks[-1] * 1.2))
         line[0].set_yticks(ranks, [str(p) for p in ranks])
         line[0].minorticks_off()
         line[1].set_ylim(0)
@@ -232,6 +233,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False, fontsize=7, handlelength=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _alone(result: dict[str, Any]) -> list[Row]:
+    """What is forecast of one rank wherever that was measured: nothing."""
+    return [row | {"speed_up": 1.0} for row in result["rows"] if row["ranks"] == 1 and timed(row)]
 
 
 def _lines(axes: Any, rows: list[Row], value: Callable[[Row], float | None]) -> None:
