@@ -82,22 +82,22 @@ def test_attention_gives_it_with_its_stats(bound):
     assert 0 < stats.pruned.max() <= math.exp(-3.0)
 
 
-def dry(rank, size, tensors, acp):
+def dry(rank, size, tensors, acp, transport):
     """Output, gradients, start, and K and V sent and needed."""
     tensors = [shard(x, rank, size, "zigzag") for x in tensors]
-    cp = ContextParallel(dist.group.WORLD) if size > 1 else None
+    cp = ContextParallel(dist.group.WORLD, transport=transport) if size > 1 else None
     _, stats = forgetting_attention(*tensors, acp=acp, cp=cp, return_stats=True)
     results = gradients(lambda *x: forgetting_attention(*x, acp=acp, cp=cp), tensors)
     return results, stats.start, stats.traffic, stats.tiles_kept
 
 
 @pytest.mark.parametrize("bound", ["paper", "tight"])
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_dry_run_counts_and_prunes_nothing(ranks, size, bound):
+@pytest.mark.parametrize("size, transport", [(1, "auto"), (2, "nccl"), (2, "peer")])
+def test_a_dry_run_counts_and_prunes_nothing(ranks, size, transport, bound):
     tensors = inputs(1, 1536, 4, 2, kind="mixed")
     real = Acp(bound=bound, logit_bound=4.0)
     off, pruned, counted = (
-        ranks(size, dry, tensors, acp) for acp in (None, real, dataclasses.replace(real, dry_run=True))
+        ranks(size, dry, tensors, acp, transport) for acp in (None, real, dataclasses.replace(real, dry_run=True))
     )
     for without, saved, shown in zip(off, pruned, counted):
         assert all(torch.equal(a, b) for a, b in zip(shown[0], without[0]))
