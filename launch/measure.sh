@@ -5,8 +5,9 @@
 #
 #   bash launch/measure.sh PART ... [--gpus N] [--output DIR] [--dry-run]
 #
-#   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, all ways pages can move
-#   dense         the same with nothing pruned
+#   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, pages through memory, zigzag
+#   ways          on 1 and N GPUs: both layouts, all ways pages can move
+#   dense         on 1, 2, 4, ... N GPUs: strong scaling with nothing pruned
 #   training      FoX (Pro) 760M on every dp x cp of N GPUs, with ZeRO-1 and ZeRO-3, all on the same tokens; on one or
 #                 two GPUs also 125M, and both with nothing pruned
 #   longest       the longest sequence that trains on N GPUs: FoX (Pro) 125M, 360M, 760M
@@ -25,15 +26,15 @@ cd "$root"
 parts=() gpus='' output='' dry='' status=0
 while [ $# -gt 0 ]; do
   case $1 in
-    attention | dense | training | longest | faults) parts+=("$1") ;;
+    attention | ways | dense | training | longest | faults) parts+=("$1") ;;
     --gpus) gpus=${2:?--gpus needs a number} && shift ;;
     --output) output=${2:?--output needs a folder} && shift ;;
     --dry-run) dry=1 ;;
-    *) fail "$1: unknown; must be attention, dense, training, longest, faults or an option; see the head of $0" ;;
+    *) fail "$1: unknown; must be attention, ways, dense, training, longest, faults or an option; see the head of $0" ;;
   esac
   shift
 done
-[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, dense, training, longest or faults; name some"
+[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, ways, dense, training, longest or faults; name some"
 gpus=${gpus:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 [ "$gpus" != 0 ] || fail "no GPU found; must be there; see README for what can be measured on CPUs"
 sizes=()
@@ -63,16 +64,22 @@ if [ "$gpus" -lt 4 ]; then
   models=(125m 760m) acp=(on off) checkpointing=off
 fi
 
-# Two sets of inputs and a tenth of a second for each: a quarter of the default's time.
-spread=(context-parallel --shapes "16x64,8x128" --ranks "${sizes[@]}" --lengths "${lengths[@]}" --weak "${weak[@]}"
-  --transports nccl peer --repeats 2 --seconds 0.1 --patience 180)
+# One or two sets of inputs and a tenth of a second for each: a quarter of the default's time, or less.
+repeats=$((gpus > 4 ? 1 : 2))
+spread=(context-parallel --shapes "16x64,8x128" --repeats "$repeats" --seconds 0.1 --patience 300)
 
 attention() {
-  bench attention "${spread[@]}"
+  bench attention "${spread[@]}" --ranks "${sizes[@]}" --lengths "${lengths[@]}" --weak "${weak[@]}" --layouts zigzag \
+    --transports peer
+}
+
+ways() { # of the longest sequences they say little
+  bench ways "${spread[@]}" --ranks 1 "$gpus" --lengths "${lengths[@]:0:2}" --transports nccl peer
 }
 
 dense() {
-  bench dense "${spread[@]}" --no-acp --layouts zigzag --schedules auto
+  bench dense "${spread[@]}" --ranks "${sizes[@]}" --lengths "${lengths[@]:0:2}" --layouts zigzag --schedules auto \
+    --transports peer --no-acp
 }
 
 training() {
@@ -100,6 +107,7 @@ faults() {
 for part in "${parts[@]}"; do
   case $part in
     attention) attention ;;
+    ways) ways ;;
     dense) dense ;;
     training) training ;;
     longest) longest ;;

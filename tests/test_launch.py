@@ -226,12 +226,15 @@ def test_what_the_kernel_corpus_lacks_is_named(installed, debian, change, argume
     assert not (folder / "data" / "linux").exists()
 
 
+PARTS = ("attention", "ways", "dense", "training", "longest", "faults")
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_what_measure_asks_for_can_be_measured(installed, gpus):
     """Every command is one that the benchmarks understand, on lengths that so many ranks can share."""
     folder, mark = installed
     mark("dev")
-    made = calls(folder, "measure.sh", "attention", "dense", "training", "longest", "faults", "--gpus", str(gpus))
+    made = calls(folder, "measure.sh", *PARTS, "--gpus", str(gpus))
     assert made.pop().startswith("python -m pytest ")
     found = {}
     for call in made:
@@ -248,7 +251,7 @@ def test_what_measure_asks_for_can_be_measured(installed, gpus):
         assert max(chosen.ranks) == gpus
         context_parallel.check_points([], context_parallel.points_of(chosen, chosen.ranks))
     # ZeRO-1 and ZeRO-3, of two models on few GPUs and of two lengths on many; and the longest.
-    assert [len(chosen) for chosen in found.values()] == [2, 2 * 2 + 1]
+    assert [len(chosen) for chosen in found.values()] == [3, 2 * 2 + 1]
     for chosen in found["train"][:-1]:
         for point in train._points(chosen):
             cells = [train._cell(point, length, gpus, chosen) for length in chosen.lengths]
