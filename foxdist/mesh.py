@@ -14,11 +14,9 @@ on every interface), and the connections of gloo and NCCL, on the interfaces tha
 NCCL_SOCKET_IFNAME name. None of them asks who calls: the network between the hosts must be the cluster's own.
 """
 
-import contextlib
 import errno
 import ipaddress
 import os
-import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +27,11 @@ import torch
 import torch.distributed as dist
 
 from foxdist.config import ConfigError
+from foxdist.ports import free_port
 from foxdist.progress import name_ranks, progress
 
 BACKSTOP = timedelta(minutes=3)
 """How much later than the watch (watch.py), which says more, the process group itself ends what takes too long."""
-PORTS = 20000, 32768  # below net.ipv4.ip_local_port_range
 SAME_COMMAND = "start all ranks with the same file and overrides, and another job at a port of its own"
 T = TypeVar("T")
 
@@ -189,15 +187,6 @@ def hosts() -> list[str]:
     names = [""] * dist.get_world_size()
     dist.all_gather_object(names, socket.gethostname())
     return names
-
-
-def free_port() -> int:
-    """One that nothing on this host listens to at the moment; not of those that Linux gives to connections by itself,
-    of which another may be given out before a job has it."""
-    while True:
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", random.SystemRandom().randrange(*PORTS)))
-            return free.getsockname()[1]
 
 
 def _store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:

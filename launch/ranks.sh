@@ -17,18 +17,8 @@ else
 fi
 python=${FOXDIST_PYTHON:-python} # after env.sh, to which it is the one that makes .venv
 
-# A port that nothing on this host listens to at the moment. Not one of those that Linux gives to whoever asks for any
-# (32768 and above), of which somebody else may get it until the ranks meet there.
 free_port() {
-  "$python" -c '
-import random, socket
-for port in random.sample(range(20000, 32000), 1000):
-    try:
-        socket.socket().bind(("", port))
-    except OSError:
-        continue
-    print(port)
-    break'
+  "$python" -c 'from foxdist.ports import free_port; print(free_port())'
 }
 
 # show COMMAND...: as one could type it.

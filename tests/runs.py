@@ -18,6 +18,7 @@ from foxdist.data.folder import open_folder
 from foxdist.data.loader import Loader
 from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
+from foxdist.ports import free_port
 
 from ranks import place
 
@@ -154,7 +155,7 @@ def processes(script, *arguments, folder, size=2, gpus="", **more):
     What each says goes to `said0`, `said1`, ... in `folder`. gpus: their numbers, for CUDA. more: environment. All are
     killed in the end.
     """
-    where = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meshes.free_port())} | more
+    where = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | more
     where |= {"CUDA_VISIBLE_DEVICES": gpus}
     started = []
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from foxdist.mesh import free_port
+from foxdist.ports import free_port
 
 from runs import environment
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from foxdist import mesh
 from foxdist.config import ConfigError
+from foxdist.ports import free_port
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
@@ -86,7 +87,7 @@ def test_deepspeed_names_the_local_world_otherwise(environment):
     ],
 )
 def test_ranks_meet_at_one_address(host, one_host, at):
-    with mesh.listen(host, mesh.free_port(), one_host=one_host) as listening:
+    with mesh.listen(host, free_port(), one_host=one_host) as listening:
         assert listening.getsockname()[0] == at
         assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
@@ -104,7 +105,7 @@ def test_a_port_that_is_taken_is_named(environment):
 def test_ranks_of_another_job_on_the_port_are_sent_away(environment):
     """One of a larger job that comes before this job's own is not taken for it, and one of its size that comes after
     is told of the port. The job itself notices neither."""
-    port, wait = mesh.free_port(), timedelta(seconds=20)
+    port, wait = free_port(), timedelta(seconds=20)
     environment.setenv("MASTER_ADDR", "127.0.0.1")
     environment.setenv("MASTER_PORT", str(port))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from foxdist import mesh as meshes
 from foxdist.config import ConfigError
 from foxdist.options import positive
+from foxdist.ports import free_port
 from foxdist.progress import name_ranks
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ class Processes:
         self._workers = []
 
     def _start(self) -> None:
-        port = meshes.free_port()
+        port = free_port()
         context = multiprocessing.get_context("spawn")
         for rank in range(self._ranks):
             here, there = context.Pipe()

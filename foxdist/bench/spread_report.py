@@ -236,7 +236,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _alone(result: dict[str, Any]) -> list[Row]:
-    """What is forecast of one rank wherever that was measured: nothing."""
+    """Where forecasts begin: the rows of one rank, whose speed-up is 1."""
     return [row | {"speed_up": 1.0} for row in result["rows"] if row["ranks"] == 1 and timed(row)]
 
 
