@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -31,6 +32,7 @@ T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PATIENCE = 1800.0  # seconds: more than any row takes
 SECONDS = 10  # for ranks that have nothing to do to end by themselves
+QUIET = 2.0  # seconds without a word from any rank, after which their stacks are taken as said
 LEFT = 2**28  # bytes of its GPU that a rank may hold after a call, as cuBLAS does; more, and all are started anew
 
 
@@ -63,6 +65,7 @@ class Processes:
         """patience: seconds until a call is given up, as ranks that wait for each other do not end."""
         self._ranks, self._patience = ranks, patience
         self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._stacks: list[Connection] = []  # where each rank says what it is doing
 
     def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
         """Raises a `ConfigError` of a rank, `OutOfMemory`, or `RankError` for anything else that happened there."""
@@ -89,17 +92,22 @@ class Processes:
             worker.join(SECONDS)
             worker.kill()
             worker.join()
-        self._workers = []
+        for stack in self._stacks:
+            stack.close()
+        self._workers, self._stacks = [], []
 
     def _start(self) -> None:
         port = free_port()
         context = multiprocessing.get_context("spawn")
         for rank in range(self._ranks):
             here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, self._ranks, port, there), daemon=True)
+            stack, said = context.Pipe(duplex=False)
+            worker = context.Process(target=_serve, args=(rank, self._ranks, port, there, said), daemon=True)
             worker.start()
-            there.close()  # so that a rank's end is the end of its pipe
+            there.close()  # so that a rank's end is the end of its pipes
+            said.close()
             self._workers.append((worker, here))
+            self._stacks.append(stack)
 
     def _answers(self) -> list[tuple[Any, int]]:
         """In rank order: the result, and the bytes left on its GPU. Raises what the first rank that failed says."""
@@ -126,11 +134,21 @@ class Processes:
         return [answers[rank] for rank in range(self._ranks)]
 
     def _dump(self) -> None:
-        """The stacks of all ranks, to stderr."""
+        """The stacks of all ranks, to stderr, one after another."""
         for worker, _ in self._workers:
             if worker.pid:
                 os.kill(worker.pid, signal.SIGUSR1)
-        time.sleep(1)
+        said = [b""] * self._ranks
+        asked = {stack: rank for rank, stack in enumerate(self._stacks)}
+        while ready := wait(list(asked), timeout=QUIET):
+            for stack in ready:
+                assert isinstance(stack, Connection)
+                more = os.read(stack.fileno(), 2**16)
+                said[asked[stack]] += more
+                if not more:  # that rank has ended
+                    del asked[stack]
+        for rank, text in enumerate(said):
+            print(f"rank {rank}:\n{text.decode(errors='replace')}", file=sys.stderr, flush=True)
 
 
 class Launched:
@@ -160,9 +178,10 @@ class Launched:
             meshes.stop()
 
 
-def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: Connection) -> None:
+    """stack: where this rank's stacks go on SIGUSR1. Its own, as lines of several ranks would mix."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however this ends: no rank stays behind with its GPU
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, file=stack.fileno())
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
