@@ -7,8 +7,10 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from foxdist import config as configuration
 from foxdist import mesh as meshes
@@ -20,7 +22,7 @@ from foxdist.data.prepare import Options, prepare
 from foxdist.log import log
 from foxdist.ports import free_port
 
-from ranks import place
+from ranks import PATIENCE, place
 
 TRAIN = Path(configuration.__file__).with_name("train.py")
 WORDS = [
@@ -141,11 +143,31 @@ def command(config, *overrides, ranks=1):
 
 def launch(config, *overrides, ranks=1, expect=0, **how):
     """Runs training to its end and returns what it printed."""
-    done = subprocess.run(
-        command(config, *overrides, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment(), **how
-    )
+    done = call(command(config, *overrides, ranks=ranks), **how)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def call(command, **how):
+    """Runs `command` to its end, and captures what it prints. Raises `TimeoutExpired` after `PATIENCE`."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(), **how)
+    with process, killed_at_last(process):
+        out, err = process.communicate(timeout=PATIENCE)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextmanager
+def killed_at_last(process):
+    """With all that it started, if the test ends first: a machine that they keep busy would fail the next ones, too."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait()
 
 
 @contextmanager

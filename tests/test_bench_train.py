@@ -20,7 +20,8 @@ from foxdist.bench.processes import OutOfMemory, Processes, RankError
 from foxdist.config import ConfigError
 from foxdist.model import FoX
 
-from runs import environment, tree, write_yaml
+from ranks import PATIENCE
+from runs import call, environment, tree, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -290,13 +291,7 @@ def test_ranks_of_a_launcher(model, tmp_path, fails):
     )
     options = ["--models", str(model), "--acp", "on", "--lengths", "512", "--cp", "2", "--gates", "initial"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "train", *options]
-    done = subprocess.run(
-        [sys.executable, *command, "--steps", "1", "--warmup", "1", "--output", tmp_path / "out"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = call([sys.executable, *command, "--steps", "1", "--warmup", "1", "--output", tmp_path / "out"])
     (row,) = json.loads((tmp_path / "out" / "train.json").read_text())["rows"]
     assert row["failed"] == ("out of memory" if fails else None)
     if not fails:
@@ -371,7 +366,7 @@ def test_ranks_end_with_the_process_that_asks(tmp_path):
     asking = subprocess.Popen([sys.executable, "-c", code], env=environment())
     try:
         begun = time.monotonic()
-        while not busy.exists() and time.monotonic() < begun + 100:
+        while not busy.exists() and time.monotonic() < begun + PATIENCE:
             time.sleep(0.1)
         ranks = [p for p in psutil.Process(asking.pid).children() if "spawn_main" in " ".join(p.cmdline())]
     finally:

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from runs import environment, rows, tree, write_yaml
+from ranks import PATIENCE
+from runs import environment, killed_at_last, rows, tree, write_yaml
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 # The programs by which DeepSpeed reaches other hosts, on this one: ssh runs what it is told, and pdsh what it is told
@@ -61,7 +61,7 @@ SENT = {
 
 @contextlib.contextmanager
 def started(arguments, variables, log):
-    """The script. Its ranks do not outlive the test: a machine that they keep busy would fail the next ones, too."""
+    """The script."""
     script, *rest = arguments
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -71,14 +71,8 @@ def started(arguments, variables, log):
             stderr=out,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which `nohup pytest` ignores
         )
-    try:
+    with killed_at_last(process):
         yield process
-    finally:
-        if process.poll() is None:
-            for each in (*psutil.Process(process.pid).children(recursive=True), process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.wait()
 
 
 @pytest.mark.parametrize("way", ["local", "torchrun", "hostfile"])
@@ -88,13 +82,13 @@ def test_signals_reach_the_ranks_and_their_status_comes_back(variables, data, tm
     config = write_yaml(tmp_path, tree(data, tmp_path / "run", parallel__cp=2, train__steps=100000))
     number, name = SENT[way]
     with started([*launchers(tmp_path)[way], str(config)], variables, log) as process:
-        metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+        metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=PATIENCE) == 0, log.read_text()
     ended = json.loads((tmp_path / "run" / "ended.json").read_text())
     assert ended["why"] == name
     assert ended["step"] == rows(tmp_path / "run")[-1]["step"] < 100000
@@ -108,7 +102,7 @@ def test_a_mistake_is_said_and_comes_back_as_the_ranks_status(variables, tmp_pat
     log = tmp_path / "log"
     config = write_yaml(tmp_path, tree("/nowhere", tmp_path / "run", parallel__cp=2))
     with started([*launchers(tmp_path)[way], str(config)], variables, log) as process:
-        assert process.wait(timeout=120) == 2
+        assert process.wait(timeout=PATIENCE) == 2
     assert "error: data.path=/nowhere: no such folder" in log.read_text()
 
 

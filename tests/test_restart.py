@@ -19,7 +19,8 @@ from foxdist import mesh as meshes
 from foxdist import train as training
 from foxdist.before_start import check_run
 
-from runs import TRAIN, command, environment, go, launch, losses, tree, write_data, write_yaml
+from ranks import PATIENCE
+from runs import TRAIN, command, environment, go, killed_at_last, launch, losses, tree, write_data, write_yaml
 
 STEPS = 20
 
@@ -35,17 +36,18 @@ def test_a_killed_run_continues_to_the_last_bit(ranks, data, tmp_path):
     torn = f"train.run_dir={tmp_path / 'torn'}"
     process = subprocess.Popen(command(config, torn, ranks=2), env=environment(), start_new_session=True)
     file = tmp_path / "torn" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not (file.exists() and file.read_text().count("\n") >= 10):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.time() < deadline
-        time.sleep(0.02)
-    trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
-    assert len(trainers) == 2
-    for p in trainers:
-        p.suspend()  # or they would be done before the next call is
-    process.kill()  # the launcher alone: its ranks live on
-    process.wait()
+    deadline = time.time() + PATIENCE
+    with killed_at_last(process):
+        while not (file.exists() and file.read_text().count("\n") >= 10):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.time() < deadline
+            time.sleep(0.02)
+        trainers = [p for p in psutil.Process(process.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+        assert len(trainers) == 2
+        for p in trainers:
+            p.suspend()  # or they would be done before the next call is
+        process.kill()  # the launcher alone: its ranks live on
+        process.wait()
     assert "trains in it" in launch(config, torn, ranks=2, expect=1)
     for p in trainers:
         p.kill()
@@ -69,7 +71,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(ranks, data, tmp_path)
         "checkpoint._fingerprint = fingerprint\n"
         f"sys.exit(train.main(['--config', {str(config)!r}]))\n"
     )
-    killed = subprocess.run([sys.executable, "-c", killer], env=environment(), capture_output=True, timeout=200)
+    killed = subprocess.run([sys.executable, "-c", killer], env=environment(), capture_output=True, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     folder = tmp_path / "run" / "checkpoints"
     assert (folder / "step_00000008.unfinished").is_dir()

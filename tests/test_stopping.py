@@ -20,6 +20,7 @@ from foxdist.progress import Place, progress
 from foxdist.sinks import Sinks
 from foxdist.stopping import ECHO, MARGIN, Listener, Stop, live_as_long_as_the_parent
 
+from ranks import PATIENCE
 from runs import go, losses, processes, rows, tree, write_yaml
 
 SCRIPT = Path(__file__).with_name("signalled.py")
@@ -147,7 +148,7 @@ def test_a_signal_to_every_process_of_the_job_ends_it_in_order(ranks, data, tmp_
     config = write_yaml(tmp_path, settings(data, tmp_path / "run"))
     with processes(SCRIPT, "whole job", tmp_path / "-", "--config", config, folder=tmp_path) as started:
         group = started[0].pid
-        assert [p.wait(timeout=120) for p in started] == [0, 0], (tmp_path / "said0").read_text()
+        assert [p.wait(timeout=PATIENCE) for p in started] == [0, 0], (tmp_path / "said0").read_text()
         left = [p for p in psutil.process_iter() if _group(p) == group]
         assert not psutil.wait_procs(left, timeout=10)[1]
     said = (tmp_path / "said0").read_text()
@@ -196,7 +197,7 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
     """Also a rank that waits in a collective for another; the same signal, passed on, is not a second one."""
     config = write_yaml(tmp_path, settings(data, tmp_path / "run"))
     with processes(SCRIPT, "asleep", tmp_path / "asleep", "--config", config, folder=tmp_path) as started:
-        end = time.time() + 120
+        end = time.time() + PATIENCE
         while not (tmp_path / "asleep").exists() and time.time() < end:
             time.sleep(0.1)
         time.sleep(1)  # rank 0 waits
@@ -224,7 +225,7 @@ def test_a_signal_while_python_starts_is_held(data, tmp_path):
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert "stopped after step 0 of 10: SIGUSR1" in (tmp_path / "said0").read_text()
 
 
@@ -270,7 +271,7 @@ def test_the_time_limit_ends_the_run_in_time(data, tmp_path):
         while started[0].poll() is None:
             seen |= _commands(started[0].pid)
             time.sleep(0.1)
-        assert [p.wait(timeout=60) for p in started] == [0, 0], (tmp_path / "said0").read_text()
+        assert [p.wait(timeout=PATIENCE) for p in started] == [0, 0], (tmp_path / "said0").read_text()
     assert any("wandb" in command for command in seen)
     assert not any(key in command for command in seen)
     written = [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -325,8 +325,9 @@ def test_check_prints_the_arithmetic(data, tmp_path, capsys):
     assert said.err.startswith("error: data.path=/nowhere: no such folder")
 
 
-def test_text_that_is_seen_often_is_named(ranks, data, tmp_path, capsys):
+def test_text_that_is_seen_often_is_named(ranks, tmp_path, capsys):
     """By `--check`, and by the run itself."""
+    data = write_data(tmp_path / "data", documents=4)
     values = tree(data, tmp_path / "run", train__steps=2)
     count = open_folder(data).sequences
     values["train"]["tokens_per_step"] = count * 512

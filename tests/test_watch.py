@@ -14,6 +14,7 @@ from foxdist.progress import Place
 from foxdist.verdict import HANG, SUSPECT, Heard, Word, judge, longest_step, word_at
 from foxdist.watch import LOST
 
+from ranks import PATIENCE
 from runs import TRAIN, go, losses, processes, tree, write_yaml
 
 SCRIPT = Path(__file__).with_name("faulty.py")
@@ -41,7 +42,7 @@ def run_with(fault, guilty, values, folder, gpus="", size=2):
     with processes(SCRIPT, fault, guilty, noted, "--config", config, folder=folder, gpus=gpus, size=size) as started:
         for rank, process in enumerate(started):
             if not (fault == "frozen" and rank == guilty):
-                process.wait(timeout=200)
+                process.wait(timeout=PATIENCE)
         seconds = time.time() - float(noted.read_text())
     return [((folder / f"said{rank}").read_text(), process.returncode) for rank, process in enumerate(started)], seconds
 
@@ -148,7 +149,7 @@ def test_what_killed_jobs_leave_on_a_node_blocks_nobody(ranks, data, tmp_path, w
         processes(TRAIN, "--config", config, folder=tmp_path) as same,
         processes(TRAIN, "--config", beside, folder=tmp_path / "beside") as other,
     ):
-        assert [p.wait(timeout=200) for p in (*same, *other)] == [0] * 4, (tmp_path / "said0").read_text()
+        assert [p.wait(timeout=PATIENCE) for p in (*same, *other)] == [0] * 4, (tmp_path / "said0").read_text()
     assert "after step 4" in (tmp_path / "said0").read_text()
     assert losses(tmp_path / "run") == losses(tmp_path / "beside" / "run") == whole
 
