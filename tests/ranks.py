@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 600  # seconds, then it hangs: ten times what anything takes here on two cores that nobody else keeps busy
+PATIENCE = 600  # seconds for a start, or a call on all ranks; beside other work on two cores starts took over 240
 
 
 def poison_memory(replace=setattr):

@@ -143,12 +143,12 @@ def command(config, *overrides, ranks=1):
 
 def launch(config, *overrides, ranks=1, expect=0, **how):
     """Runs training to its end and returns what it printed."""
-    done = call(command(config, *overrides, ranks=ranks), **how)
+    done = complete(command(config, *overrides, ranks=ranks), **how)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def call(command, **how):
+def complete(command, **how):
     """Runs `command` to its end, and captures what it prints. Raises `TimeoutExpired` after `PATIENCE`."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(), **how)

@@ -20,7 +20,7 @@ from foxdist.bench.layouts import Point
 from foxdist.bench.measure import Shape
 from foxdist.bench.processes import OutOfMemory
 
-from runs import call
+from runs import complete
 
 
 def test_two_ranks_end_to_end(tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_launchers_ranks_go_on_together_after_what_is_wrong(tmp_path):
     words = ["context-parallel", "--device", "cpu", "--dtype", "fp32", "--shapes", "2x16", "--gates", "mixed"]
     words += ["--lengths", "1536", "--ranks", "2", "3", "--layouts", "zigzag", "--schedules", "ring", "--repeats", "1"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", script, *words]
-    done = call([sys.executable, *command, "--output", tmp_path / "out"])
+    done = complete([sys.executable, *command, "--output", tmp_path / "out"])
     assert done.returncode == 1, done.stderr
     assert "error: 2x16 on 2 ranks, zigzag, ring, auto, 1,024 tokens: out is wrong" in done.stderr
     assert done.stdout == (tmp_path / "out" / "table.md").read_text()

@@ -21,7 +21,7 @@ from foxdist.config import ConfigError
 from foxdist.model import FoX
 
 from ranks import PATIENCE
-from runs import call, environment, tree, write_yaml
+from runs import complete, environment, tree, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_ranks_of_a_launcher(model, tmp_path, fails):
     )
     options = ["--models", str(model), "--acp", "on", "--lengths", "512", "--cp", "2", "--gates", "initial"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "train", *options]
-    done = call([sys.executable, *command, "--steps", "1", "--warmup", "1", "--output", tmp_path / "out"])
+    done = complete([sys.executable, *command, "--steps", "1", "--warmup", "1", "--output", tmp_path / "out"])
     (row,) = json.loads((tmp_path / "out" / "train.json").read_text())["rows"]
     assert row["failed"] == ("out of memory" if fails else None)
     if not fails:

@@ -20,7 +20,7 @@ from foxdist import train as training
 from foxdist.before_start import check_run
 
 from ranks import PATIENCE
-from runs import TRAIN, command, environment, go, killed_at_last, launch, losses, tree, write_data, write_yaml
+from runs import TRAIN, command, complete, environment, go, killed_at_last, launch, losses, tree, write_data, write_yaml
 
 STEPS = 20
 
@@ -71,7 +71,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(ranks, data, tmp_path)
         "checkpoint._fingerprint = fingerprint\n"
         f"sys.exit(train.main(['--config', {str(config)!r}]))\n"
     )
-    killed = subprocess.run([sys.executable, "-c", killer], env=environment(), capture_output=True, timeout=PATIENCE)
+    killed = complete([sys.executable, "-c", killer])
     assert killed.returncode == -signal.SIGKILL
     folder = tmp_path / "run" / "checkpoints"
     assert (folder / "step_00000008.unfinished").is_dir()

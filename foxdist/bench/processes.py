@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,16 @@ class OutOfMemory(RankError):
     """A rank had too little memory."""
 
 
+class Worker(NamedTuple):
+    """A rank, from the outside."""
+
+    process: BaseProcess
+    pipe: Connection
+    """Where it is asked, and answers."""
+    stacks: Connection
+    """Where it says what it is doing, on SIGUSR1. Of its own, as lines of several ranks would mix."""
+
+
 class Processes:
     """`Processes(ranks)(fn, argument)`: what `fn(argument)` returns on rank 0. Both pickle: `fn` is a module's own."""
 
@@ -64,20 +74,19 @@ class Processes:
     def __init__(self, ranks: int, patience: float = PATIENCE):
         """patience: seconds until a call is given up, as ranks that wait for each other do not end."""
         self._ranks, self._patience = ranks, patience
-        self._workers: list[tuple[BaseProcess, Connection]] = []
-        self._stacks: list[Connection] = []  # where each rank says what it is doing
+        self._workers: list[Worker] = []
 
     def __call__(self, fn: Callable[[T], Any], argument: T) -> Any:
         """Raises a `ConfigError` of a rank, `OutOfMemory`, or `RankError` for anything else that happened there."""
         if not self._workers:
             self._start()
-        for _, pipe in self._workers:
-            pipe.send((fn, argument))
+        for worker in self._workers:
+            worker.pipe.send((fn, argument))
         try:
             answers = self._answers()
         except BaseException:
-            for worker, _ in self._workers:
-                worker.kill()
+            for worker in self._workers:
+                worker.process.kill()
             self.stop()
             raise
         if any(left > LEFT for _, left in answers):
@@ -86,33 +95,31 @@ class Processes:
 
     def stop(self) -> None:
         """Ends the ranks. A later call starts new ones."""
-        for _, pipe in self._workers:
-            pipe.close()
-        for worker, _ in self._workers:
-            worker.join(SECONDS)
-            worker.kill()
-            worker.join()
-        for stack in self._stacks:
-            stack.close()
-        self._workers, self._stacks = [], []
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(SECONDS)
+            worker.process.kill()
+            worker.process.join()
+            worker.stacks.close()
+        self._workers = []
 
     def _start(self) -> None:
         port = free_port()
         context = multiprocessing.get_context("spawn")
         for rank in range(self._ranks):
             here, there = context.Pipe()
-            stack, said = context.Pipe(duplex=False)
-            worker = context.Process(target=_serve, args=(rank, self._ranks, port, there, said), daemon=True)
-            worker.start()
+            stacks, said = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(rank, self._ranks, port, there, said), daemon=True)
+            process.start()
             there.close()  # so that a rank's end is the end of its pipes
             said.close()
-            self._workers.append((worker, here))
-            self._stacks.append(stack)
+            self._workers.append(Worker(process, here, stacks))
 
     def _answers(self) -> list[tuple[Any, int]]:
         """In rank order: the result, and the bytes left on its GPU. Raises what the first rank that failed says."""
         answers: dict[int, tuple[Any, int]] = {}
-        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        waiting = {worker.pipe: rank for rank, worker in enumerate(self._workers)}
         end = time.monotonic() + self._patience
         while waiting:
             ready = wait(list(waiting), timeout=end - time.monotonic())
@@ -125,9 +132,9 @@ class Processes:
                 try:
                     failed, value, left = pipe.recv()
                 except EOFError:
-                    worker = self._workers[rank][0]
-                    worker.join()
-                    raise RankError(f"rank {rank} ended with status {worker.exitcode}") from None
+                    process = self._workers[rank].process
+                    process.join()
+                    raise RankError(f"rank {rank} ended with status {process.exitcode}") from None
                 if failed:
                     raise failed(value if failed is ConfigError else f"rank {rank}: {value}")
                 answers[rank] = value, left
@@ -135,18 +142,18 @@ class Processes:
 
     def _dump(self) -> None:
         """The stacks of all ranks, to stderr, one after another."""
-        for worker, _ in self._workers:
-            if worker.pid:
-                os.kill(worker.pid, signal.SIGUSR1)
+        for worker in self._workers:
+            if worker.process.pid:
+                os.kill(worker.process.pid, signal.SIGUSR1)
         said = [b""] * self._ranks
-        asked = {stack: rank for rank, stack in enumerate(self._stacks)}
+        asked = {worker.stacks: rank for rank, worker in enumerate(self._workers)}
         while ready := wait(list(asked), timeout=QUIET):
-            for stack in ready:
-                assert isinstance(stack, Connection)
-                more = os.read(stack.fileno(), 2**16)
-                said[asked[stack]] += more
+            for stacks in ready:
+                assert isinstance(stacks, Connection)
+                more = os.read(stacks.fileno(), 2**16)
+                said[asked[stacks]] += more
                 if not more:  # that rank has ended
-                    del asked[stack]
+                    del asked[stacks]
         for rank, text in enumerate(said):
             print(f"rank {rank}:\n{text.decode(errors='replace')}", file=sys.stderr, flush=True)
 
@@ -178,10 +185,9 @@ class Launched:
             meshes.stop()
 
 
-def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack: Connection) -> None:
-    """stack: where this rank's stacks go on SIGUSR1. Its own, as lines of several ranks would mix."""
+def _serve(rank: int, ranks: int, port: int, pipe: Connection, stacks: Connection) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however this ends: no rank stays behind with its GPU
-    faulthandler.register(signal.SIGUSR1, file=stack.fileno())
+    faulthandler.register(signal.SIGUSR1, file=stacks.fileno())
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     while True:
