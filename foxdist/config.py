@@ -150,7 +150,7 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Recompute each block in backward; attention outputs and plans are kept, not computed or sent again."""
     compile: bool = False
-    """Compile the blocks with torch.compile: a minute or more at the start, then fewer kernels. Not with ZeRO-3."""
+    """Compile the blocks with torch.compile: a minute or more at the start, then fewer kernels."""
 
 
 class Checkpoint(Section):
@@ -185,7 +185,6 @@ class Config(Section):
         _check_sequence(self)
         _check_length(self)
         _check_hang_factor(self.parallel.hang_factor)
-        _check_compile(self)
         return self
 
     @property
@@ -310,14 +309,6 @@ def _check_hang_factor(factor: float) -> None:
         raise ConfigError(
             f"parallel.hang_factor={factor:g}: would end the job at a step like others; must be 0 (never) or at least "
             "2; raise it"
-        )
-
-
-def _check_compile(config: Config) -> None:
-    if config.train.compile and config.parallel.zero == 3:
-        raise ConfigError(
-            "train.compile=true: ZeRO-3 gathers the parameters of each module as it runs, which cannot be part of a "
-            "compiled block; must be false with parallel.zero=3; set parallel.zero=2 or train.compile=false"
         )
 
 

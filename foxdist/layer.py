@@ -40,22 +40,19 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head with a weight for every head and dimension: [B, T, heads, D] -> the same, in float32.
-
-    Of None, the largest |weight| of each head [heads]: a normalised vector is no longer than that times sqrt(D). A call
-    too, because under ZeRO-3 a parameter is whole only while its own module runs.
-    """
+    """RMS norm of each head with a weight for every head and dimension: [B, T, heads, D] -> the same, in float32."""
 
     def __init__(self, heads: int, head_dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads * head_dim))
         self.shape, self.eps = (heads, head_dim), eps
 
-    def forward(self, x: torch.Tensor | None) -> torch.Tensor:
-        weight = self.weight.float().view(self.shape)
-        if x is None:
-            return weight.detach().abs().amax(-1)
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * weight
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps) * self.weight.float().view(self.shape)
+
+    def gains(self) -> torch.Tensor:
+        """The largest |weight| of each head [heads]: a normalised vector becomes no longer than that times sqrt(D)."""
+        return self.weight.detach().float().view(self.shape).abs().amax(-1)
 
 
 class FloatLinear(nn.Linear):
@@ -173,7 +170,7 @@ class Attention(nn.Module):
         more than sqrt(D) * gains. Rounding to `dtype` may lengthen each by half its eps, float32 arithmetic by 1e-5.
         """
         rounding = (1 + torch.finfo(dtype).eps / 2) ** 2 * (1 + 2e-5)
-        q_gain, k_gain = self.q_norm(None), self.k_norm(None)
+        q_gain, k_gain = self.q_norm.gains(), self.k_norm.gains()
         return q_gain * k_gain.repeat_interleave(self.heads // self.kv_heads) * self.head_dim**0.5 * rounding
 
 

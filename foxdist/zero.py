@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from foxdist import shares
 from foxdist.config import Config
-from foxdist.model import parameter_count
+from foxdist.model import Block, parameter_count
 from foxdist.shares import Flat, Piece
 
 
@@ -48,9 +48,17 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
             "stage": config.parallel.zero,
             # Stages 2 and 3 hold a buffer of so many gradients from the start: DeepSpeed's 5e8, if there are as many.
             "reduce_bucket_size": min(5 * 10**8, parameter_count(config.model)),
+            # Stage 3 gathers a block at a time, before its forward and its backward begin: a few large messages, and
+            # no hook within what is compiled. What is no matrix (norms, gates) every rank keeps whole.
+            "leaf_module": {"classes": [f"{Block.__module__}.{Block.__qualname__}"]},
+            "stage3_param_persistence_threshold": config.model.heads * config.model.hidden + 1,
+            # Uncompiled, torch's own linear keeps a view of the weight for backward, and with it the gathered memory.
+            "memory_efficient_linear": not config.train.compile,
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own is compiled at first use (minutes)
         "steps_per_print": 2**31,
+        # Else the host waits for the device before and after every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

@@ -82,15 +82,14 @@ dense() {
     --transports peer --no-acp
 }
 
-training() {
+training() { # ZeRO-3 prepares in its first two steps what the others go by
   local length model steps
   for length in "${trained[@]}"; do
-    steps=$((length > 200000 ? 1 : 2)) # of tens of seconds each
+    steps=$((length > 200000 ? 1 : 3)) # of tens of seconds each
     for model in "${models[@]}"; do
-      local common=(train --models "fox_pro_$model" --lengths "$length" --cp "${sizes[@]}" --ranks "$gpus"
-        --acp "${acp[@]}" --warmup 1 --steps "$steps" --patience 300 "train.tokens_per_step=$((gpus * length))")
-      bench "training-$model-$length-zero-1" "${common[@]}" --zero 1 --compile on --checkpointing "$checkpointing"
-      bench "training-$model-$length-zero-3" "${common[@]}" --zero 3 --checkpointing on # uncompiled blocks keep more
+      bench "training-$model-$length" train --models "fox_pro_$model" --lengths "$length" --cp "${sizes[@]}" \
+        --ranks "$gpus" --zero 1 3 --acp "${acp[@]}" --checkpointing "$checkpointing" --compile on --warmup 2 \
+        --steps "$steps" --patience 300 "train.tokens_per_step=$((gpus * length))"
     done
   done
 }

@@ -55,7 +55,7 @@ def measured(rank, size, path, gate, length, overrides, folder):
 
 
 def models():
-    return [each for each in gc.get_objects() if isinstance(each, FoX)]
+    return [each for each in gc.get_objects() if type(each) is FoX]  # of a dead proxy isinstance would ask too much
 
 
 def test_opened_gates_keep_the_share_of_their_regime(ranks, model):
@@ -249,7 +249,6 @@ def test_the_search_ends_at_another_failure():
         (["--longest", "--up-to", "512"], "must be at least 16384"),
         (["--profile", "trace.json"], "of 2 configurations"),
         (["--acp", "on", "--profile", "nowhere/trace.json"], "its folder does not exist"),
-        (["--zero", "3", "--compile", "on"], "train.compile=true"),
         (["--steps", "1", "parallel.zero=2"], "use --zero"),
         (["--steps", "1", "model.heads=2"], "use --gates initial"),
         (["--steps", "1", "model.haeds=2"], "did you mean model.heads?"),

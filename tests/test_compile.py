@@ -276,13 +276,13 @@ def test_a_compiled_model_over_ranks_communicates_as_the_model(ranks, checkpoint
 
 def train_compiled(rank, size, values, folder, variants):
     """`curves`, with the operations of compiled graphs run one by one: compiling takes longer than the steps."""
-    real = torch.nn.Module.compile
+    real = torch.compile
     torch._dynamo.reset()
-    torch.nn.Module.compile = functools.partialmethod(real, backend="aot_eager")
+    torch.compile = functools.partial(real, backend="aot_eager")
     try:
         return curves(rank, size, values, folder, variants)
     finally:
-        torch.nn.Module.compile = real
+        torch.compile = real
 
 
 def test_training_compiled_gives_the_same_curve_and_continues_either_way(ranks, tmp_path):
@@ -290,6 +290,7 @@ def test_training_compiled_gives_the_same_curve_and_continues_either_way(ranks, 
     values["acp"] = {"bound": "tight", "certify_every": 2}
     plain = {"train.activation_checkpointing": True}
     variants = [plain, {**plain, "train.compile": True}, {"train.compile": True, "parallel.zero": 2}]
+    variants += [{**each, "parallel.zero": 3} for each in variants[1:]]
     reference, *others = ranks(2, train_compiled, values, tmp_path, variants)[0]
     for curve in others:
         assert torch.allclose(torch.tensor(curve), torch.tensor(reference), rtol=1e-5, atol=0)
@@ -310,11 +311,13 @@ def test_a_compiled_block_keeps_no_more_than_it_must():
     model = FoX(small(hidden=128, mlp_ratio=3.5), acp=Acp()).to(torch.bfloat16)
     compile_blocks(model)
     size, tokens, kept = model.config, 512, {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
 
     def keep(x):
         if (where := x.untyped_storage().data_ptr()) not in parameters:
             kept[where] = x  # alive, so that no other takes its place
+        else:  # a view of it would keep what ZeRO-3 has gathered
+            assert x is parameters[where]
         return x
 
     x = torch.randn(1, tokens, size.hidden, dtype=torch.bfloat16, requires_grad=True)

@@ -69,7 +69,6 @@ def test_the_published_recipes_are_there():
         ({"model__heads": 5}, ["model.heads=5", "hidden=32", "use 4 heads"]),
         ({"model__kv_heads": 3}, ["model.kv_heads=3", "heads=2"]),
         ({"model__heads": 32, "model__rope": True}, ["model.rope=true", "head_dim is 1"]),
-        ({"train__compile": True, "parallel__zero": 3}, ["train.compile=true", "set parallel.zero=2"]),
         ({"parallel__hang_factor": 1}, ["parallel.hang_factor=1", "0 (never) or at least 2"]),
         ({"data__sequence_length": 1000}, ["data.sequence_length=1000", "multiple of 128", "896 or 1024"]),
         (

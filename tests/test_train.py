@@ -90,6 +90,41 @@ def test_accumulation_and_checkpointing_change_nothing(ranks, data, tmp_path, al
         assert torch.allclose(torch.tensor(curve, dtype=torch.float64), reference, rtol=1e-4, atol=0)
 
 
+def parts_held(rank, size, values):
+    """How many numbers of each parameter a rank of ZeRO-3 has between steps, and how many there are."""
+    config = configuration.parse(values)
+    run = training.build(config, meshes.start(config.parallel.cp, 2))
+    training.train_step(run, iter(run.loader))
+    return {name: (p.numel(), p.ds_numel) for name, p in run.model.named_parameters()}
+
+
+def test_zero_3_cuts_matrices_up_and_leaves_the_rest_whole(ranks, data, tmp_path):
+    for held in ranks(2, parts_held, tree(data, tmp_path / "run", parallel__zero=3)):
+        for name, (here, all_of_it) in held.items():
+            matrix = any(word in name for word in ("proj", "mlp.", "output_gate", "embedding", "head."))
+            assert here == (0 if matrix and "norm" not in name else all_of_it), name
+
+
+def waits(rank, size, values):
+    """How often DeepSpeed lets the host wait for the device in the fourth step: its timer begins after two."""
+    from deepspeed.accelerator import get_accelerator
+
+    config = configuration.parse(values)
+    run = training.build(config, meshes.start(config.parallel.cp, 2))
+    batches, device, calls = iter(run.loader), get_accelerator(), []
+    for _ in range(3):
+        training.train_step(run, batches)
+    device.synchronize = lambda *args: calls.append(args)  # of this object, in place of its class's
+    training.train_step(run, batches)
+    del device.synchronize
+    return len(calls)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_host_runs_ahead_of_micro_batches(ranks, data, tmp_path, zero):
+    assert ranks(2, waits, tree(data, tmp_path / "run", parallel__zero=zero)) == [0, 0]
+
+
 def test_metrics_say_what_happened(ranks, data, tmp_path):
     values = tree(data, "", train__steps=4, parallel__cp=2, metrics__every=2) | {"acp": {}}
     ranks(2, curves, values, tmp_path, [{"acp.enabled": True}, {"acp.enabled": False}])
