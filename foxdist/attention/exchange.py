@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from foxdist.attention import messages, peer
+from foxdist.attention import gather, messages, peer
 from foxdist.attention.pages import BlockTable, Pages, PoolGrads
 from foxdist.attention.peer import check_reachable
 from foxdist.attention.symmetric import reachable
@@ -77,3 +77,4 @@ def let_go() -> None:
     a point where no device has anything to do."""
     messages.let_go()
     peer.let_go()
+    gather.let_go()

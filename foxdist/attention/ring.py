@@ -26,12 +26,13 @@ from foxdist.attention.boundary import Boundary
 from foxdist.attention.certificate import pruned_weight
 from foxdist.attention.counting import count, own_blocks
 from foxdist.attention.exchange import Exchange
+from foxdist.attention.gather import all_gather
 from foxdist.attention.messages import MessageExchange
 from foxdist.attention.pages import BlockTable, Pages, PoolGrads, own_table
 from foxdist.attention.peer import PeerExchange
 from foxdist.attention.plan import Plan, causal_plan, make_plan
 from foxdist.attention.queries import Prepared, Queries, QueryGrads
-from foxdist.attention.transport import ContextParallel, all_gather, all_max
+from foxdist.attention.transport import ContextParallel, all_max
 from foxdist.layout import blocks_of, chunk_count
 from foxdist.progress import progress
 

@@ -2,8 +2,6 @@
 
 On a GPU a stream of high priority, one for each device, and events between it and the current one. On a CPU all of this
 does nothing: what is called is done when it returns.
-
-Streams and events are asked for by the GPU's number: to find the one at hand by itself takes torch 10 us and more.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+
+from foxdist import events
 
 HEAD_START = 8000  # cycles: 4 us of an H200. Without them some fetches began after attention, so when it had ended
 
@@ -22,7 +22,7 @@ def aside(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = _stream(device.index)
+    before = events.current_stream(device.index)
     torch.cuda.set_stream(_side(device))
     try:
         yield
@@ -32,17 +32,13 @@ def aside(device: torch.device) -> Iterator[None]:
 
 def mark(device: torch.device) -> torch.cuda.Event | None:
     """An event after all that the current stream has been given so far."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(_stream(device.index))
-    return event
+    return events.record(device.index) if device.type == "cuda" else None
 
 
 def after(event: torch.cuda.Event | None) -> None:
     """The current stream goes on when `event` has happened. The host does not wait."""
     if event is not None:
-        event.wait(_stream(event.device.index))
+        event.wait(events.current_stream(event.device.index))
 
 
 def give_way(event: torch.cuda.Event | None) -> None:
@@ -88,23 +84,12 @@ def hand_over(tensors: Iterable[torch.Tensor]) -> None:
     """Says that the current stream uses what another made, so that its memory is not reused too early."""
     for x in tensors:
         if x.is_cuda:
-            x.record_stream(_stream(x.device.index))
+            x.record_stream(events.current_stream(x.device.index))
 
 
 def current(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     """The current stream, in a tuple; none on a CPU."""
-    return (_stream(device.index),) if device.type == "cuda" else ()
-
-
-_streams: dict[tuple[int, int], torch.cuda.Stream] = {}
-
-
-def _stream(gpu: int) -> torch.cuda.Stream:
-    """The current stream. Torch makes an object of it each time it is asked; here one for each is kept."""
-    name = gpu, torch._C._cuda_getCurrentRawStream(gpu)
-    if name not in _streams:
-        _streams[name] = torch.cuda.current_stream(gpu)
-    return _streams[name]
+    return (events.current_stream(device.index),) if device.type == "cuda" else ()
 
 
 @lru_cache
