@@ -44,7 +44,7 @@ def describe(config: Config, world: int) -> str:
         f"parameters  {parameters:,} ({parameters - model.vocab * model.hidden:,} without the input embedding)",
         f"compute     {(matrices + attention) / 1e9:.2f} GFLOP a token, "
         f"{100 * attention / (matrices + attention):.0f} % of it attention counted dense",
-        *_memory(config, world, parameters),
+        _memory(config, world),
         f"disk        {shares.BYTES * parameters / GIB:.2f} GiB a checkpoint; {config.checkpoint.keep} are kept",
     ]
     return "\n".join(lines)
@@ -84,9 +84,16 @@ def _pieces(config: Config) -> str:
     return f"(auto: {alone})" if alone == spread else f"(auto: {alone} on one host, {spread} over several)"
 
 
-def _memory(config: Config, world: int, parameters: int) -> list[str]:
-    """GiB a rank, to first order: what ZeRO keeps, what backward needs of the forward, and, if the ranks of a sequence
-    share a host, what they reserve to read each other's K and V."""
+def _memory(config: Config, world: int) -> str:
+    parts = memory(config, world)
+    text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return f"memory      about {sum(parts.values()) / GIB:.1f} GiB a rank: {text}"
+
+
+def memory(config: Config, world: int) -> dict[str, float]:
+    """Bytes a rank by what takes them, to first order: what ZeRO keeps, what backward needs of the forward, and, if the
+    ranks of a sequence share a host, what they reserve to read each other's K and V."""
+    parameters = parameter_count(config.model)
     stage, cp, bf16 = config.parallel.zero, config.parallel.cp, config.train.precision == "bf16"
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // cp
     hidden, width = KEPT_BYTES[model.kind, config.train.precision][config.train.compile]
@@ -100,12 +107,10 @@ def _memory(config: Config, world: int, parameters: int) -> list[str]:
         pages = config.train.micro_batch * model.groups * config.data.sequence_length // cp // BLOCK
         dtype = torch.bfloat16 if bf16 else torch.float32
         shared = room(cp, config.parallel.schedule, pages, model.head_dim, model.heads // model.groups, dtype)
-    parts = {
+    return {
         "weights": size * parameters / (world if stage == 3 else 1),
         "gradients": 4 * parameters / (world if stage >= 2 else 1),
         "optimizer": (12 if bf16 else 8) * parameters / world,
         "activations": tokens * kept,
         "K/V of other ranks on this host": shared,
     }
-    text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return [f"memory      about {sum(parts.values()) / GIB:.1f} GiB a rank: {text}"]

@@ -233,6 +233,26 @@ def test_the_longest_is_looked_for_where_memory_ends(fits, waste):
     assert (row["does_not_fit"] or 4010) > most
 
 
+@pytest.mark.parametrize("fits", [1, 2, 5, 11, 100, 405])
+@pytest.mark.parametrize("off", [0.8, 1.0, 1.6])
+def test_the_longest_is_begun_where_arithmetic_says(fits, off):
+    """Two to four lengths, and if what is begun with does not fit the gap is halved."""
+    tried = []
+    at_first, each = 10.0, 70 * 0.98 / (fits + 0.5)
+
+    def measured(length):
+        tried.append(length)
+        peak = {"memory/peak_allocated(GiB)": at_first + each * length / 10}
+        return {"tokens": length, "failed": None if length <= fits * 10 else train_report.OUT_OF_MEMORY} | peak
+
+    row = train.longest(measured, 10, 4000, 80.0, lambda length: 9.0 + off * each * length / 10)
+    assert len(tried) == len(set(tried)) <= (4 if off >= 1 else 5)
+    most = min(fits * 10, 4000)
+    assert row["failed"] is None
+    assert most - row["tokens"] <= 10 * max(1, fits // 8)
+    assert (row["does_not_fit"] or 4010) > most
+
+
 def test_the_search_ends_at_another_failure():
     answers = iter([None, None, "ValueError: defect"])
     row = train.longest(lambda length: {"tokens": length, "failed": next(answers)}, 10, 1000)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from foxdist import check
 from foxdist import config as configuration
 from foxdist import mesh as meshes
 from foxdist.bench import processes
@@ -28,6 +29,7 @@ from foxdist.options import positive
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_OFF = {"on": True, "off": False}
 UNIT = 16384  # tokens of a rank by which --longest searches
+FIRST = 0.8  # of a device's memory: the arithmetic leaves out the head, and what is fragmented
 AXES = {
     "data.sequence_length": "--lengths",
     "parallel.cp": "--cp",
@@ -225,8 +227,11 @@ def _rows(
         def measured(length: int, point: Point = point) -> Row:
             return _row(point, length, _cell(point, length, ranks, chosen), call)
 
+        def expected(length: int, point: Point = point) -> float:
+            return sum(check.memory(_cell(point, length, ranks, chosen).config, ranks).values()) / check.GIB
+
         if chosen.longest:
-            yield longest(measured, UNIT * point.cp, chosen.up_to, room)
+            yield longest(measured, UNIT * point.cp, chosen.up_to, room, expected)
         else:
             yield from map(measured, _lengths(point, chosen))
 
@@ -249,19 +254,30 @@ def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> R
         return row | {"failed": error.briefly}
 
 
-def longest(measured: Callable[[int], Row], unit: int, limit: int, room: float | None = None) -> Row:
+def longest(
+    measured: Callable[[int], Row],
+    unit: int,
+    limit: int,
+    room: float | None = None,
+    expected: Callable[[int], float] | None = None,
+) -> Row:
     """The row of the longest sequence that trains, a multiple of `unit` and at most `limit`; and what failed beyond it.
 
     Doubles while it fits, then halves the gap, to an eighth of the length. room: GiB of a rank's device, if known. Then
-    two lengths that fit say where it ends, as memory grows in a straight line with the length, and the search goes on
-    from there. `does_not_fit`: the shortest that ran out of memory, or None. Another failure ends the search, and is
-    its row.
+    it begins with what by arithmetic, `expected` GiB, takes four fifths of that, and as memory grows in a straight line
+    with the length, one or two that fit say where it ends: there it goes on. `does_not_fit`: the shortest that ran out
+    of memory, or None. Another failure ends the search, and is its row.
     """
     best: Row | None = None
-    peaks: dict[int, float] = {}
+    peaks: dict[int, float] = {}  # GiB, by units
     fits, fails, end = 0, 0, limit // unit  # in units; 0: none yet
+    first = 1
+    if room and expected:
+        each = expected(2 * unit) - expected(unit)
+        peaks[0] = expected(unit) - each
+        first = min(max(1, int((FIRST * room - peaks[0]) / each)), end)
     while fits < end and (not fails or fails - fits > max(1, fits // 8)):
-        length = (fits + fails) // 2 if fails else min(max(1, 2 * fits), end)
+        length = (fits + fails) // 2 if fails else min(2 * fits or first, end)
         if room and len(peaks) > 1:
             length = min(max(_forecast(peaks, room), fits + max(1, fits // 8)), end)
         row = measured(length * unit)
