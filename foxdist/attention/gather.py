@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from foxdist.attention import transport
-from foxdist.attention.peer import check_reachable
+from foxdist.attention.peer import making_room
 from foxdist.attention.symmetric import Symmetric
 from foxdist.attention.transport import ContextParallel
 
-PLACE = 512  # bytes, to whose multiple a place is rounded up
+PLACE = 512  # bytes, to whose multiple a place is rounded up: the second one, too, begins where any dtype may
 
 
 def all_gather(cp: ContextParallel, x: torch.Tensor, what: str) -> torch.Tensor:
@@ -62,9 +62,7 @@ class _Places:
 @lru_cache(maxsize=16)
 def _places(cp: ContextParallel, what: str, table: Table) -> _Places:
     """Every rank calls in the same order, and so lets go of another's memory together."""
-    check_reachable(cp, table.device)
-    cp.wait_for_all(table.device)  # nobody reads any more what goes now
-    with torch.inference_mode(False):  # the first call may be a validation's
+    with making_room(cp, table.device):
         return _Places(cp, what, table)
 
 

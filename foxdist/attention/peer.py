@@ -12,6 +12,7 @@ barrier of the stage between, or that of the next call's pages.
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -182,10 +183,18 @@ class _Memory:
 @lru_cache(maxsize=4)
 def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
     """Every rank calls in the same order, and so lets go of another shape's memory together."""
-    check_reachable(cp, shape.device)
-    cp.wait_for_all(shape.device)  # nobody reads any more what goes now
-    with torch.inference_mode(False):  # the first call may be a validation's
+    with making_room(cp, shape.device):
         return _Memory(cp, shape)
+
+
+@contextmanager
+def making_room(cp: ContextParallel, device: torch.device) -> Iterator[None]:
+    """Around the making of memory that all ranks share, in place of which older memory may go: every rank comes here.
+    Raises as `check_reachable` does."""
+    check_reachable(cp, device)
+    cp.wait_for_all(device)  # nobody reads any more what goes now
+    with torch.inference_mode(False):  # the first call may be a validation's
+        yield
 
 
 def let_go() -> None:
