@@ -3,11 +3,13 @@
 import os
 import shutil
 
+import psutil
 import torch
 
 from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
 from foxdist.attention.backends import choose_backend
+from foxdist.check import GIB, host_memory
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import fingerprint, open_folder
 from foxdist.data.loader import FINGERPRINT, check_position, steps_per_epoch
@@ -56,6 +58,14 @@ def check_machine(config: Config) -> None:
         raise ConfigError(
             f"train.compile=true: torch.compile needs a C++ compiler, and {compiler} is not found; must be there; "
             "install it, name another in the environment variable CXX, or set train.compile=false"
+        )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted, there = ranks * host_memory(config), psutil.virtual_memory().available
+    if wanted > there:
+        raise ConfigError(
+            f"train.activation_offloading=true: the {ranks} ranks of this host keep {wanted / GIB:.1f} GiB of "
+            f"activations in its memory, of which {there / GIB:.1f} GiB are free; must fit; set it to false, shorten "
+            "data.sequence_length or train.micro_batch, or raise parallel.cp"
         )
     if config.model.backend != "auto":
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32

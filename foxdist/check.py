@@ -21,6 +21,7 @@ KEPT_BYTES = {
     ("llama", "bf16"): {False: (24, 12), True: (12, 4)},
     ("llama", "fp32"): {False: (40, 24), True: (24, 8)},
 }
+ON_DEVICE = 2  # blocks, of those whose activations wait on the host; see foxdist/offload.py
 OFTEN = 4  # epochs for which text seen again teaches about as much as new text (arXiv 2305.16264)
 
 
@@ -87,7 +88,9 @@ def _pieces(config: Config) -> str:
 def _memory(config: Config, world: int) -> str:
     parts = memory(config, world)
     text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"memory      about {sum(parts.values()) / GIB:.1f} GiB a rank: {text}"
+    there = host_memory(config)
+    on_host = f"\nhost        about {there / GIB:.1f} GiB a rank: activations" if there else ""
+    return f"memory      about {sum(parts.values()) / GIB:.1f} GiB a rank: {text}{on_host}"
 
 
 def memory(config: Config, world: int) -> dict[str, float]:
@@ -95,14 +98,13 @@ def memory(config: Config, world: int) -> dict[str, float]:
     ranks of a sequence share a host, what they reserve to read each other's K and V."""
     parameters = parameter_count(config.model)
     stage, cp, bf16 = config.parallel.zero, config.parallel.cp, config.train.precision == "bf16"
-    model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // cp
-    hidden, width = KEPT_BYTES[model.kind, config.train.precision][config.train.compile]
-    block = hidden * model.hidden + width * model.mlp_width
-    size = 2 if bf16 else 4
-    # With checkpointing a block keeps its input, attention's output and its float32 lse; one block at a time is whole.
-    checkpointed = 2 * size * model.hidden + 4 * model.heads
-    kept = model.layers * checkpointed + block if config.train.activation_checkpointing else model.layers * block
-    shared = 0
+    model, train = config.model, config.train
+    hidden, width = KEPT_BYTES[model.kind, train.precision][train.compile]
+    kept = model.layers * (block := _tokens(config) * (hidden * model.hidden + width * model.mlp_width))
+    if train.activation_checkpointing:  # one block at a time is whole
+        kept = (min(ON_DEVICE, model.layers) if train.activation_offloading else model.layers) * _checkpointed(config)
+        kept += block
+    size, shared = 2 if bf16 else 4, 0
     if cp > 1 and config.parallel.transport != "nccl":
         pages = config.train.micro_batch * model.groups * config.data.sequence_length // cp // BLOCK
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -111,6 +113,22 @@ def memory(config: Config, world: int) -> dict[str, float]:
         "weights": size * parameters / (world if stage == 3 else 1),
         "gradients": 4 * parameters / (world if stage >= 2 else 1),
         "optimizer": (12 if bf16 else 8) * parameters / world,
-        "activations": tokens * kept,
+        "activations": kept,
         "K/V of other ranks on this host": shared,
     }
+
+
+def host_memory(config: Config) -> int:
+    """Bytes of the host's memory in which a rank's activations wait."""
+    return config.model.layers * _checkpointed(config) if config.train.activation_offloading else 0
+
+
+def _checkpointed(config: Config) -> int:
+    """Bytes that a block keeps with activation checkpointing: its input, attention's output and its float32 lse."""
+    size = 2 if config.train.precision == "bf16" else 4
+    return _tokens(config) * (2 * size * config.model.hidden + 4 * config.model.heads)
+
+
+def _tokens(config: Config) -> int:
+    """Of a rank's micro-batch."""
+    return config.train.micro_batch * config.data.sequence_length // config.parallel.cp

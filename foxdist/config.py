@@ -149,6 +149,8 @@ class Train(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     activation_checkpointing: bool = False
     """Recompute each block in backward; attention outputs and plans are kept, not computed or sent again."""
+    activation_offloading: bool = False
+    """What activation checkpointing keeps waits in the host's memory, but for two blocks' (offload.py)."""
     compile: bool = False
     """Compile the blocks with torch.compile: a minute or more at the start, then fewer kernels."""
 
@@ -184,6 +186,7 @@ class Config(Section):
         _check_model(self.model)
         _check_sequence(self)
         _check_length(self)
+        _check_offloading(self.train)
         _check_hang_factor(self.parallel.hang_factor)
         return self
 
@@ -302,6 +305,14 @@ def _check_length(config: Config) -> None:
         )
     if optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}; must be at most that; lower it")
+
+
+def _check_offloading(train: Train) -> None:
+    if train.activation_offloading and not train.activation_checkpointing:
+        raise ConfigError(
+            "train.activation_offloading=true: without activation checkpointing a block keeps more than can go to the "
+            "host while another runs; must go with train.activation_checkpointing=true; set it, too"
+        )
 
 
 def _check_hang_factor(factor: float) -> None:

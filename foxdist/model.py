@@ -4,6 +4,7 @@ Pre-norm blocks of attention and SwiGLU, a final norm and an untied head, as pub
 maps tokens and labels of this rank's part of the sequence to the sum of their losses; it knows neither ZeRO nor data.
 """
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,7 @@ from foxdist.config import Model
 from foxdist.layer import Attention, RMSNorm
 from foxdist.layout import positions
 from foxdist.loss import cross_entropy_sum
+from foxdist.offload import HostMemory, Offload, current
 from foxdist.progress import progress
 
 
@@ -58,7 +60,7 @@ class Block(nn.Module):
             starts,
             where,
             use_reentrant=False,
-            context_fn=compiled_checkpoint_contexts if torch.compiler.is_compiling() else checkpoint_contexts,
+            context_fn=compiled_checkpoint_contexts if torch.compiler.is_compiling() else _contexts,
             preserve_rng_state=False,  # no dropout
         )
 
@@ -66,6 +68,10 @@ class Block(nn.Module):
         y, counted = self.attention(self.attention_norm(x), starts, where)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), counted
+
+
+def _contexts() -> tuple:
+    return checkpoint_contexts(current())
 
 
 class Head(nn.Module):
@@ -90,9 +96,11 @@ class FoX(nn.Module):
         acp: Acp | None = None,
         cp: ContextParallel | None = None,
         activation_checkpointing: bool = False,
+        activation_offloading: bool = False,
     ):
         super().__init__()
-        self.config, self.cp = model, cp
+        self.config, self.cp, self.offloading = model, cp, activation_offloading
+        self.host: HostMemory | None = None
         self.embedding = nn.Embedding(model.vocab, model.hidden)
         self.blocks = nn.ModuleList(Block(model, acp, cp, activation_checkpointing) for _ in range(model.layers))
         self.head = Head(model)
@@ -101,14 +109,23 @@ class FoX(nn.Module):
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         where = self._positions(tokens) if self.config.rope else None
         x = self.embedding(tokens)
+        offload = self._offload(x)
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             progress.enter("forward", i)
-            x, counted = block(x, starts, where)
+            with offload.block() if offload else nullcontext():
+                x, counted = block(x, starts, where)
             progress.enter_backward(i, x)
             block.attention.meter.add(counted)
         progress.enter("forward")
         return self.head(x, labels)
+
+    def _offload(self, x: torch.Tensor) -> Offload | None:
+        """For one forward, if its blocks' activations are to wait on the host."""
+        if not (self.offloading and torch.is_grad_enabled()):
+            return None
+        self.host = self.host or HostMemory(x.device)
+        return Offload(self.host, x.device)
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] int64, in the whole sequence."""

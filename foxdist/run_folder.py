@@ -22,6 +22,7 @@ CHANGEABLE = {
     "data.workers",
     "model.backend",
     "train.activation_checkpointing",
+    "train.activation_offloading",
     "train.compile",
     "train.micro_batch",
     "train.run_dir",

@@ -214,6 +214,7 @@ def make_model(config: Config, mesh: Mesh) -> FoX:
         acp=pruning(config.acp),
         cp=cp,
         activation_checkpointing=config.train.activation_checkpointing,
+        activation_offloading=config.train.activation_offloading,
     ).to(mesh.device)
 
 

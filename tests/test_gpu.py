@@ -17,6 +17,7 @@ from test_train import curves
 from test_watch import DIFFERS, LATE, SAID, TIMEOUT, alike, run_with, settings, two_go_on_for_four
 
 from foxdist.attention import Acp, ContextParallel, forgetting_attention, naive_forgetting_attention
+from foxdist.compiling import compile_blocks
 from foxdist.layout import shard, unshard
 from foxdist.progress import Progress
 
@@ -57,6 +58,30 @@ def test_a_compiled_model_is_the_model(monkeypatch, backend, checkpointing, hidd
     )
     compare(compiled, eager, ROUNDING[backend])
     assert graphs == 1
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_gxx)])
+def test_activations_that_wait_on_the_host_come_back(monkeypatch, compiled):
+    """The same gradients, in less memory of the device. Bits move from run to run on a GPU, though not attention's."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    config, answers, peaks = small(hidden=128, layers=6), [], []
+    data = [x.cuda() for x in batch(8192)]
+    for offloading in (False, True):
+        fox = built(config, acp=Acp(), activation_checkpointing=True, activation_offloading=offloading).cuda()
+        if compiled:
+            compile_blocks(fox)
+        for _ in range(3):
+            fox.zero_grad(set_to_none=True)
+            torch.cuda.reset_peak_memory_stats()
+            fox(*data).backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        answers.append([p.grad.clone() for p in fox.parameters()])
+        del fox
+    assert all(relative(a, b) < 1e-5 for a, b in zip(*answers))
+    a_block = data[0].numel() * 2 * 4 * config.hidden  # input, and attention's output
+    assert peaks[0] - peaks[1] > 3 * a_block
 
 
 def attend(rank, size, layout, schedule, acp, transport, backend="auto", overlap=True):

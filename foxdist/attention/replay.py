@@ -11,7 +11,7 @@ outputs itself: it wraps its work in `remember`.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -26,17 +26,34 @@ def remember(compute: Callable[[], Outputs]) -> Outputs:
     return compute() if tape is None else tape(compute)
 
 
-def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` for `torch.utils.checkpoint` in eager mode: one context that records, one that replays."""
-    kept: list[Outputs] = []
+class Keeper(Protocol):
+    """Where outputs wait until they are replayed."""
+
+    def keep(self, x: torch.Tensor) -> Any:
+        """What `give` takes."""
+
+    def give(self, kept: Any) -> torch.Tensor:
+        """`x` again."""
+
+
+def checkpoint_contexts(keeper: Keeper | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For `torch.utils.checkpoint` in eager mode: one context that records, one that replays.
+
+    keeper: None: outputs wait where they are.
+    """
+    kept: list[tuple] = []
 
     def record(compute: Callable[[], Outputs]) -> Outputs:
         outputs = compute()
         # Aliases: autograd makes `outputs` part of a graph, which must not hold itself through this list.
-        kept.append(tuple(x.detach() for x in outputs))
+        kept.append(tuple(keeper.keep(x.detach()) if keeper else x.detach() for x in outputs))
         return outputs
 
-    return _use(record), _use(lambda compute: kept.pop(0))
+    def replay(compute: Callable[[], Outputs]) -> Outputs:
+        first = kept.pop(0)
+        return tuple(keeper.give(x) for x in first) if keeper else first
+
+    return _use(record), _use(replay)
 
 
 def compiled_checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -1,7 +1,7 @@
 """Work beside the current stream: where pages travel while attention runs, and numbers on their way to the host.
 
-On a GPU a stream of high priority, one for each device, and events between it and the current one. On a CPU all of this
-does nothing: what is called is done when it returns.
+On a GPU streams of high priority, one for each device and name, and events between them and the current one. On a CPU
+all of this does nothing: what is called is done when it returns.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,14 @@ HEAD_START = 8000  # cycles: 4 us of an H200. Without them some fetches began af
 
 
 @contextmanager
-def aside(device: torch.device) -> Iterator[None]:
-    """What is launched inside runs beside the current stream, after what `after` makes it wait for and nothing else."""
+def aside(device: torch.device, name: str = "pages") -> Iterator[None]:
+    """What is launched inside runs beside the current stream, after what `after` makes it wait for and nothing else but
+    what was launched before under the same name."""
     if device.type != "cuda":
         yield
         return
     before = events.current_stream(device.index)
-    torch.cuda.set_stream(_side(device))
+    torch.cuda.set_stream(_side(device, name))
     try:
         yield
     finally:
@@ -93,5 +94,5 @@ def current(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
 
 
 @lru_cache
-def _side(device: torch.device) -> torch.cuda.Stream:
+def _side(device: torch.device, name: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)

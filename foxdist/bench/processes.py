@@ -46,9 +46,14 @@ class RankError(RuntimeError):
     """A rank failed; its traceback is the text."""
 
     @property
+    def in_a_line(self) -> str:
+        """The last one of the traceback."""
+        return str(self).strip().splitlines()[-1]
+
+    @property
     def briefly(self) -> str:
-        """Its last line, for a table."""
-        return str(self).strip().splitlines()[-1][:200]
+        """The same for a table."""
+        return self.in_a_line[:200]
 
 
 class OutOfMemory(RankError):

@@ -28,6 +28,7 @@ from foxdist.options import positive
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ON_OFF = {"on": True, "off": False}
+CHECKPOINTING = {"on": (True, False), "off": (False, False), "offload": (True, True)}  # is it, and on the host
 UNIT = 16384  # tokens of a rank by which --longest searches
 FIRST = 0.8  # of a device's memory: the arithmetic leaves out the head, and what is fragmented
 AXES = {
@@ -36,6 +37,7 @@ AXES = {
     "parallel.zero": "--zero",
     "acp.enabled": "--acp",
     "train.activation_checkpointing": "--checkpointing",
+    "train.activation_offloading": "--checkpointing",
     "train.compile": "--compile",
 }
 Row = dict[str, Any]
@@ -62,7 +64,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--cp", type=positive, nargs="+", default=[1], metavar="P", help="ranks that share a sequence")
     add("--zero", type=int, nargs="+", default=[1], choices=[1, 2, 3])
     add("--acp", nargs="+", default=["on", "off"], choices=ON_OFF)
-    add("--checkpointing", nargs="+", default=["off"], choices=ON_OFF, help="activation checkpointing")
+    add(
+        "--checkpointing",
+        nargs="+",
+        default=["off"],
+        choices=CHECKPOINTING,
+        help="activation checkpointing; offload: what it keeps waits in the host's memory",
+    )
     add("--compile", nargs="+", default=["off"], choices=ON_OFF, help="torch.compile of the blocks")
     add(
         "--gates",
@@ -128,12 +136,14 @@ def _lengths(point: Point, chosen: argparse.Namespace) -> list[int]:
 
 def _cell(point: Point, length: int, ranks: int, chosen: argparse.Namespace) -> Cell:
     """One micro-batch of one sequence a step, on every group of cp ranks, if no override says otherwise."""
+    checkpointing, offloading = CHECKPOINTING[point.checkpointing]
     set_here = {
         "data.sequence_length": length,
         "parallel.cp": point.cp,
         "parallel.zero": point.zero,
         "acp.enabled": ON_OFF[point.acp],
-        "train.activation_checkpointing": ON_OFF[point.checkpointing],
+        "train.activation_checkpointing": checkpointing,
+        "train.activation_offloading": offloading,
         "train.compile": ON_OFF[point.compile],
     }
     overrides = [f"{name}={str(value).lower()}" for name, value in set_here.items()]
@@ -246,8 +256,8 @@ def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> R
         found = f"  {row['tokens/s/GPU']:,.0f} tokens/s/GPU, {report.peak_memory(row):.1f} GiB"
         print(f"{found}, after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         return row
-    except OutOfMemory:
-        print("  out of memory", file=sys.stderr, flush=True)
+    except OutOfMemory as error:
+        print(f"  out of memory: {error.in_a_line}", file=sys.stderr, flush=True)
         return row | {"failed": report.OUT_OF_MEMORY}
     except RankError as error:  # one that fails must not cost the others' numbers
         print(error, file=sys.stderr, flush=True)
