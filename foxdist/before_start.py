@@ -20,6 +20,7 @@ def check_before_start(config: Config, world: int) -> None:
     """All of them. Raises `ConfigError`."""
     check_run(config, world)
     check_machine(config)
+    check_host_memory(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def check_run(config: Config, world: int) -> None:
@@ -59,14 +60,6 @@ def check_machine(config: Config) -> None:
             f"train.compile=true: torch.compile needs a C++ compiler, and {compiler} is not found; must be there; "
             "install it, name another in the environment variable CXX, or set train.compile=false"
         )
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    wanted, there = ranks * host_memory(config), psutil.virtual_memory().available
-    if wanted > there:
-        raise ConfigError(
-            f"train.activation_offloading=true: the {ranks} ranks of this host keep {wanted / GIB:.1f} GiB of "
-            f"activations in its memory, of which {there / GIB:.1f} GiB are free; must fit; set it to false, shorten "
-            "data.sequence_length or train.micro_batch, or raise parallel.cp"
-        )
     if config.model.backend != "auto":
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,3 +67,14 @@ def check_machine(config: Config) -> None:
             choose_backend(config.model.backend, device, dtype, config.model.head_dim)
         except ValueError as error:
             raise ConfigError(f"model.{error}") from error
+
+
+def check_host_memory(config: Config, ranks: int) -> None:
+    """Whether this host has room for what its ranks keep there. ranks: on this host. Raises `ConfigError`."""
+    wanted, there = ranks * host_memory(config), psutil.virtual_memory().available
+    if wanted > there:
+        raise ConfigError(
+            f"train.activation_offloading=true: the {ranks} ranks of this host keep {wanted / GIB:.1f} GiB of "
+            f"activations in its memory, of which {there / GIB:.1f} GiB are free; must fit; set it to false, lower "
+            "data.sequence_length or train.micro_batch, or raise parallel.cp"
+        )

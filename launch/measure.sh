@@ -96,7 +96,7 @@ training() { # ZeRO-3 prepares in its first two steps what the others go by
 
 longest() {
   bench longest train --longest --models fox_pro_125m fox_pro_360m fox_pro_760m --cp "$gpus" --acp on \
-    --checkpointing on off --compile on --up-to 2097152 --patience 900 # a step may take minutes
+    --checkpointing off on offload --compile on --up-to 2097152 --patience 900 # a step may take minutes
 }
 
 faults() {

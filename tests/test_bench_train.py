@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -173,6 +174,35 @@ def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypa
     lines = (tmp_path / "table.md").read_text().splitlines()[2:]
     assert len({line.count("|") for line in lines}) == 1
     assert "40.0 % | 50.0 %" in lines[3]  # 80 % of what a dense model would have been left to do
+
+
+def test_activations_that_no_host_has_room_for_are_a_row(no_launcher, model, tmp_path, monkeypatch):
+    asked = []
+
+    class Stub:
+        first = True
+
+        def __init__(self, ranks, patience):
+            pass
+
+        def __call__(self, fn, argument):
+            if fn is cells.look:
+                return {"device": "D", "attention": "A", "memory(GiB)": None}
+            asked.append(argument.config.train)
+            return FINE
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(train, "Processes", Stub)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1))
+    modes = ("off", "on", "offload")
+    assert run(model, "--lengths", "512", "--acp", "on", "--checkpointing", *modes, "--output", str(tmp_path)) == 0
+    rows = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [(row["checkpointing"], row["failed"]) for row in rows] == [
+        ("off", None), ("on", None), ("offload", "out of memory")
+    ]  # fmt: skip
+    assert [(x.activation_checkpointing, x.activation_offloading) for x in asked] == [(False, False), (True, False)]
 
 
 FINE = {

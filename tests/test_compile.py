@@ -48,15 +48,21 @@ CASES += [
 ]
 
 
+def size_for(backend):
+    """(rows, heads, K/V heads): small ones for the interpreter, in which `opcheck` runs an operator many times."""
+    return (2, 4, 2) if backend == "torch" else (1, 2, 1)
+
+
 @pytest.mark.parametrize("bound, dtype, length, backend, rule, options", CASES)
 def test_the_operator_is_what_it_says(bound, dtype, length, backend, rule, options):
     """Schema, no aliases among its results, fakes with the right shapes and strides, derivatives under AOT."""
-    tensors = [x.requires_grad_() for x in inputs(2, length, 4, 2, 16, dtype=dtype)]
+    rows, heads, kv_heads = size_for(backend)
+    tensors = [x.requires_grad_() for x in inputs(rows, length, heads, kv_heads, 16, dtype=dtype)]
     by_head, number = (bound, None) if isinstance(bound, torch.Tensor) else (None, bound)
     log_eps, rule = (None, "") if bound is None and rule == "paper" else (-10.0, rule)
     how = (options.get("certify", 0), options.get("dry_run", False), 0.25, backend, "")
     q, k, _, log_f = (x.detach() for x in tensors)
-    given = (log_f, q, k, 2, by_head, number, log_eps, rule, 0.25, 90.0, backend, "")
+    given = (log_f, q, k, kv_heads, by_head, number, log_eps, rule, 0.25, 90.0, backend, "")
     torch.library.opcheck(torch.ops.foxdist.find_kept.default, given)
     kept = torch.ops.foxdist.find_kept.default(*given)
     torch.library.opcheck(torch.ops.foxdist.attention.default, (*tensors, *kept, log_eps, *how))
@@ -64,7 +70,8 @@ def test_the_operator_is_what_it_says(bound, dtype, length, backend, rule, optio
 
 @pytest.mark.parametrize("backend, dry_run", [("torch", False), ("torch", True), ("triton", False)])
 def test_the_backward_operator_is_what_it_says(backend, dry_run):
-    tensors = inputs(2, 130, 4, 2, 16)
+    rows, heads, kv_heads = size_for(backend)
+    tensors = inputs(rows, 130, heads, kv_heads, 16)
     kept = find(tensors, "paper", backend, "")
     out, lse2, schedule, need, *_ = torch.ops.foxdist.attention.default(
         *tensors, *kept, -10.0, 0, dry_run, 0.25, backend, ""
@@ -76,7 +83,8 @@ def test_the_backward_operator_is_what_it_says(backend, dry_run):
 
 def find(tensors, rule, backend, cp):
     q, k, _, log_f = tensors
-    return torch.ops.foxdist.find_kept.default(log_f, q, k, 2, None, 4.0, -10.0, rule, 0.25, 90.0, backend, cp)
+    kv_heads = k.shape[2]
+    return torch.ops.foxdist.find_kept.default(log_f, q, k, kv_heads, None, 4.0, -10.0, rule, 0.25, 90.0, backend, cp)
 
 
 class Work:
@@ -198,7 +206,8 @@ def test_compiled_attention_over_ranks_has_the_same_bits(ranks, layout, schedule
 def outputs_and_fakes(rank, size, layout, backend, transport):
     """Shape and strides of all that the operators return, and of what their fakes say."""
     cp = ContextParallel(dist.group.WORLD, layout, transport=transport)
-    tensors = [shard(x, rank, size, layout).clone() for x in inputs(1, 1024, 4, 2, 16)]
+    _, heads, kv_heads = size_for(backend)
+    tensors = [shard(x, rank, size, layout).clone() for x in inputs(1, 1024, heads, kv_heads, 16)]
     forward, backward = torch.ops.foxdist.attention.default, torch.ops.foxdist.attention_backward.default
 
     def run(tensors):

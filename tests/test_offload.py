@@ -14,7 +14,7 @@ from test_train import curves
 from foxdist import config as configuration
 from foxdist import offload
 from foxdist.attention import Acp
-from foxdist.before_start import check_machine
+from foxdist.before_start import check_host_memory
 from foxdist.check import describe, host_memory
 from foxdist.config import ConfigError
 from foxdist.offload import HostMemory, Offload
@@ -172,11 +172,10 @@ def test_it_needs_checkpointing():
 
 
 def test_a_host_with_too_little_memory_is_told_before_the_start(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10 * 2**30))
-    config = values(**{"train.compile": "false"})
+    config = values()
     with pytest.raises(ConfigError, match=r"the 8 ranks of this host keep 18.3 GiB .* of which 10.0 GiB are free"):
-        check_machine(config)
+        check_host_memory(config, 8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=20 * 2**30))
-    check_machine(config)
+    check_host_memory(config, 8)

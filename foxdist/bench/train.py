@@ -7,6 +7,7 @@ on. With --longest, instead of times, the longest sequence that trains.
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import torch
 from foxdist import check
 from foxdist import config as configuration
 from foxdist import mesh as meshes
+from foxdist.before_start import check_host_memory
 from foxdist.bench import processes
 from foxdist.bench import train_report as report
 from foxdist.bench.cells import GATES, Cell, look, measure
@@ -235,7 +237,7 @@ def _rows(
     for point in points:
 
         def measured(length: int, point: Point = point) -> Row:
-            return _row(point, length, _cell(point, length, ranks, chosen), call)
+            return _row(point, length, _cell(point, length, ranks, chosen), ranks, call)
 
         def expected(length: int, point: Point = point) -> float:
             return sum(check.memory(_cell(point, length, ranks, chosen).config, ranks).values()) / check.GIB
@@ -246,11 +248,16 @@ def _rows(
             yield from map(measured, _lengths(point, chosen))
 
 
-def _row(point: Point, length: int, cell: Cell, call: Processes | Launched) -> Row:
+def _row(point: Point, length: int, cell: Cell, ranks: int, call: Processes | Launched) -> Row:
     row = vars(point) | {"tokens": length, "failed": None}
     label = ", ".join(f"{name} {value}" for name, value in row.items() if name != "failed")
     print(f"measuring {label}", file=sys.stderr, flush=True)
     begun = time.monotonic()
+    try:
+        check_host_memory(cell.config, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    except configuration.ConfigError as error:
+        print(f"  out of memory: {error}", file=sys.stderr, flush=True)
+        return row | {"failed": report.OUT_OF_MEMORY}
     try:
         row |= call(measure, cell)
         found = f"  {row['tokens/s/GPU']:,.0f} tokens/s/GPU, {report.peak_memory(row):.1f} GiB"
