@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -51,15 +52,11 @@ class _Buffer:
             pages.madvise(mmap.MADV_HUGEPAGE)
         pages.madvise(mmap.MADV_DONTFORK)  # after a fork, this process would write to other pages than the GPU knows
         self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        self._pinned = False
         if pinned:
             self.bytes.zero_()  # so that several threads fetch the pages
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), size, 0)))
-            self._pinned = True
-
-    def __del__(self) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+            cuda, address = torch.cuda.cudart(), self.bytes.data_ptr()
+            torch.cuda.check_error(int(cuda.cudaHostRegister(address, size, 0)))
+            finalize(self, cuda.cudaHostUnregister, address).atexit = False
 
 
 class _Kept:
@@ -69,6 +66,8 @@ class _Kept:
         self.block, self.shape, self.dtype = block, here.shape, here.dtype
         self.here: torch.Tensor | None = here
         """On the device; None while only the host has it, and once backward has taken it."""
+        self.copied: torch.cuda.Event | None = None
+        """When the last copy from or to there is done."""
         self._memory, self._buffer = memory, memory.take(here.nbytes)
 
     @property
@@ -76,7 +75,14 @@ class _Kept:
         """On the host."""
         return self._buffer.bytes.view(self.dtype).view(self.shape)
 
+    def take(self) -> torch.Tensor | None:
+        """Out of `here`: the current stream, which may use its memory for something else now, waits for the copy."""
+        streams.after(self.copied)
+        here, self.here = self.here, None
+        return here
+
     def __del__(self) -> None:
+        self.take()
         self._memory.give(self._buffer)
 
 
@@ -85,8 +91,6 @@ class _Stay:
     """What one block keeps."""
 
     tensors: list[_Kept] = field(default_factory=list)
-    left: torch.cuda.Event | None = None
-    returned: torch.cuda.Event | None = None
     returning: bool = False
 
 
@@ -104,11 +108,8 @@ class Offload:
         with _current(self), saved_tensors_hooks(self.keep, self.give):
             yield
         self._leave(self._stays[-1])
-        for stay in self._stays[-2:-1]:
-            # Not before: the copy has had a block's time. What this stream allocates next may then take its place.
-            streams.after(stay.left)
-            for kept in stay.tensors:
-                kept.here = None
+        for kept in self._stays[-2].tensors if len(self._stays) > 1 else ():
+            kept.take()  # not before: the copy has had a block's time
 
     def keep(self, x: torch.Tensor) -> "_Kept | torch.Tensor":
         """In place of a tensor that the current block keeps; `give` has it back."""
@@ -130,8 +131,7 @@ class Offload:
         for before in self._stays[: kept.block][-1:]:
             if not before.returning:
                 self._return(before)
-        streams.after(stay.returned)
-        here, kept.here = kept.here, None
+        here = kept.take()
         assert here is not None
         return here
 
@@ -143,7 +143,7 @@ class Offload:
             for kept in stay.tensors:
                 assert kept.here is not None
                 kept.there.copy_(kept.here, non_blocking=True)
-            stay.left = streams.mark(self._device)
+                kept.copied = streams.mark(self._device)
 
     def _return(self, stay: _Stay) -> None:
         """Begins to copy to the device what is not there."""
@@ -157,7 +157,7 @@ class Offload:
             for kept in gone:
                 assert kept.here is not None
                 kept.here.copy_(kept.there, non_blocking=True)
-            stay.returned = streams.mark(self._device)
+                kept.copied = streams.mark(self._device)
 
 
 _active: list[Offload] = []
