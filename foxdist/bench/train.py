@@ -32,7 +32,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ON_OFF = {"on": True, "off": False}
 CHECKPOINTING = {"on": (True, False), "off": (False, False), "offload": (True, True)}  # is it, and on the host
 UNIT = 16384  # tokens of a rank by which --longest searches
-FIRST = 0.8  # of a device's memory: the arithmetic leaves out the head, and what is fragmented
+FIRST = 0.9  # of a device's memory: the arithmetic leaves out what is fragmented
 AXES = {
     "data.sequence_length": "--lengths",
     "parallel.cp": "--cp",
@@ -281,20 +281,25 @@ def longest(
     """The row of the longest sequence that trains, a multiple of `unit` and at most `limit`; and what failed beyond it.
 
     Doubles while it fits, then halves the gap, to an eighth of the length. room: GiB of a rank's device, if known. Then
-    it begins with what by arithmetic, `expected` GiB, takes four fifths of that, and as memory grows in a straight line
-    with the length, one or two that fit say where it ends: there it goes on. `does_not_fit`: the shortest that ran out
-    of memory, or None. Another failure ends the search, and is its row.
+    it begins with what by arithmetic, `expected` GiB, takes nine tenths of that, less an eighth until it fits. Memory
+    grows in a straight line with the length, so one or two that fit say where it ends: there it goes on.
+    `does_not_fit`: the shortest that ran out of memory, or None. Another failure ends the search, and is its row.
     """
     best: Row | None = None
     peaks: dict[int, float] = {}  # GiB, by units
     fits, fails, end = 0, 0, limit // unit  # in units; 0: none yet
     first = 1
     if room and expected:
-        each = expected(2 * unit) - expected(unit)
-        peaks[0] = expected(unit) - each
+        each = (expected(64 * unit) - expected(32 * unit)) / 32  # far from where the loss takes most
+        peaks[0] = expected(32 * unit) - 32 * each
         first = min(max(1, int((FIRST * room - peaks[0]) / each)), end)
     while fits < end and (not fails or fails - fits > max(1, fits // 8)):
-        length = (fits + fails) // 2 if fails else min(2 * fits or first, end)
+        if not fails:
+            length = min(2 * fits or first, end)
+        elif first > 1 and not fits:
+            length = fails - max(1, fails // 8)
+        else:
+            length = (fits + fails) // 2
         if room and len(peaks) > 1:
             length = min(max(_forecast(peaks, room), fits + max(1, fits // 8)), end)
         row = measured(length * unit)
