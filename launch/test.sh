@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh [pytest options]      for example -k plan, tests/test_plan.py, or -n 0 -s
 #
-# Three files of tests run side by side, as much of a test is waiting; -n 0 runs all in one process, -n 4 four.
+# Two files of tests run side by side, as much of a test is waiting; -n 0 runs all in one process, -n 4 four.
 set -euo pipefail
 extra=dev
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -12,4 +12,4 @@ cd "$root"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
