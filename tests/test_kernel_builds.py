@@ -30,9 +30,8 @@ SPILLED_GATES = {"_boundary": 4}  # on sm_80, with the ptxas of Triton 3.6; no o
 SHARED = {90: 227 * 1024, 80: 99 * 1024}
 
 
-def tile_calls(family, dim, dtype, heads=2, stages=2):
-    """Forward and backward of an own pool, with grouped heads and alone, and of those borrowed in so many stages, on
-    zeros."""
+def tile_calls(family, dim, dtype, heads=2, borrowed=True):
+    """Forward and backward of an own pool, with grouped heads and alone, and of a borrowed one, on zeros."""
     from foxdist.attention.kernels import launch
     from foxdist.attention.kernels.preprocess import prepare
     from foxdist.attention.merge import Partial
@@ -50,12 +49,12 @@ def tile_calls(family, dim, dtype, heads=2, stages=2):
     prepared = prepare(q, grad, c_in, c_in)
     launch.forward(family, queries, *own, bounded, None, partial=False)
     _halves(launch.backward(family, queries, *own, prepared, own=True, partial=False), None)
-    if stages:
+    if borrowed:
         queries = queries._replace(base=torch.zeros(1, heads, 9).double(), start=torch.zeros(1, heads, 8).int())
         launch.forward(family, queries, *own, bounded, None, partial=True)
         lent_pages = torch.zeros(8).int()
         _halves(launch.backward(family, queries, *own, prepared, own=True, partial=True, lent=lent_pages), None)
-        for partial in (True, False)[-stages:]:
+        for partial in (True, False):
             launch.forward(family, queries, *lent, bounded, Partial(q.float(), c_in), partial=partial)
             of_lent = launch.backward(family, queries, *lent, prepared, own=False, partial=partial)
             _halves(of_lent, QueryGrads(q.float(), c_in))
@@ -119,20 +118,20 @@ def page_calls():
 
 
 CALLS = [
-    ("measured", 90, tile_calls, ("triton", 64, BF16, 2, 1)),
+    ("measured", 90, tile_calls, ("triton", 64, BF16)),
     ("measured", 90, tile_calls, ("triton", 128, BF16)),
-    ("measured", 90, tile_calls, ("gluon", 64, BF16, 2, 1)),
+    ("measured", 90, tile_calls, ("gluon", 64, BF16)),
     ("measured", 90, tile_calls, ("gluon", 128, BF16)),
-    ("gluon, grouped", 90, tile_calls, ("gluon", 128, BF16, 4, 0)),
-    ("measured in float32", 90, tile_calls, ("triton", 64, FP32, 2, 0)),
-    ("measured in float32", 90, tile_calls, ("triton", 128, FP32, 2, 0)),
+    ("gluon, grouped", 90, tile_calls, ("gluon", 128, BF16, 4, False)),
+    ("measured in float32", 90, tile_calls, ("triton", 64, FP32, 2, False)),
+    ("measured in float32", 90, tile_calls, ("triton", 128, FP32, 2, False)),
     ("gates", 90, gate_calls, ()),
     ("gates", 80, gate_calls, ()),
     ("pages", 90, page_calls, ()),
     ("pages", 80, page_calls, ()),
-    ("fits", 80, tile_calls, ("triton", 64, BF16, 2, 0)),
-    ("fits", 80, tile_calls, ("triton", 256, BF16, 2, 0)),
-    ("fits", 80, tile_calls, ("triton", 64, FP32, 2, 0)),
+    ("fits", 80, tile_calls, ("triton", 64, BF16, 2, False)),
+    ("fits", 80, tile_calls, ("triton", 256, BF16, 2, False)),
+    ("fits", 80, tile_calls, ("triton", 64, FP32, 2, False)),
 ]
 
 
