@@ -13,6 +13,7 @@ from foxdist.check import GIB, host_memory
 from foxdist.config import Config, ConfigError
 from foxdist.data.folder import fingerprint, open_folder
 from foxdist.data.loader import FINGERPRINT, check_position, steps_per_epoch
+from foxdist.mesh import local_world_from_environment
 from foxdist.sinks import check_wandb
 
 
@@ -20,7 +21,7 @@ def check_before_start(config: Config, world: int) -> None:
     """All of them. Raises `ConfigError`."""
     check_run(config, world)
     check_machine(config)
-    check_host_memory(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    check_host_memory(config, local_world_from_environment())
 
 
 def check_run(config: Config, world: int) -> None:

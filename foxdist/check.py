@@ -102,22 +102,23 @@ def memory(config: Config, world: int) -> dict[str, float]:
     """Bytes a rank by what takes them, to first order: what ZeRO keeps, what backward needs of the forward, and, if the
     ranks of a sequence share a host, what they reserve to read each other's K and V."""
     parameters = parameter_count(config.model)
-    stage, cp, bf16 = config.parallel.zero, config.parallel.cp, config.train.precision == "bf16"
+    stage, cp, size = config.parallel.zero, config.parallel.cp, _item_size(config)
     model, train = config.model, config.train
     hidden, width = KEPT_BYTES[model.kind, train.precision][train.compile]
-    kept = model.layers * (block := _tokens(config) * (hidden * model.hidden + width * model.mlp_width))
+    block = _tokens(config) * (hidden * model.hidden + width * model.mlp_width)
+    kept = model.layers * block
     if train.activation_checkpointing:  # one block at a time is whole
-        kept = (min(ON_DEVICE, model.layers) if train.activation_offloading else model.layers) * _checkpointed(config)
-        kept += block
-    size, shared = 2 if bf16 else 4, 0
+        there = min(ON_DEVICE, model.layers) if train.activation_offloading else model.layers
+        kept = there * _checkpointed(config) + block
+    shared = 0
     if cp > 1 and config.parallel.transport != "nccl":
         pages = config.train.micro_batch * model.groups * config.data.sequence_length // cp // BLOCK
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = torch.bfloat16 if size == 2 else torch.float32
         shared = room(cp, config.parallel.schedule, pages, model.head_dim, model.heads // model.groups, dtype)
     return {
         "weights": size * parameters / (world if stage == 3 else 1),
         "gradients": 4 * parameters / (world if stage >= 2 else 1),
-        "optimizer": (12 if bf16 else 8) * parameters / world,
+        "optimizer": (12 if size == 2 else 8) * parameters / world,
         "activations": kept,
         "backward": _under_way(config) if train.compile else 0,
         "K/V of other ranks on this host": shared,
@@ -126,7 +127,7 @@ def memory(config: Config, world: int) -> dict[str, float]:
 
 def _under_way(config: Config) -> float:
     """Bytes that are there for a while: of the backward of one block, and of the loss (logits, the head's gradient)."""
-    model, size = config.model, 2 if config.train.precision == "bf16" else 4
+    model, size = config.model, _item_size(config)
     head = size * min(LOGITS_AT_ONCE["cuda"], _tokens(config) * model.vocab) + 8 * model.vocab * model.hidden
     checkpointing = config.train.activation_checkpointing
     block = size / 2 * UNDER_WAY[checkpointing][config.parallel.cp > 1] * _tokens(config) * model.hidden
@@ -141,8 +142,12 @@ def host_memory(config: Config) -> int:
 
 def _checkpointed(config: Config) -> int:
     """Bytes that a block keeps with activation checkpointing: its input, attention's output and its float32 lse."""
-    size = 2 if config.train.precision == "bf16" else 4
-    return _tokens(config) * (2 * size * config.model.hidden + 4 * config.model.heads)
+    return _tokens(config) * (2 * _item_size(config) * config.model.hidden + 4 * config.model.heads)
+
+
+def _item_size(config: Config) -> int:
+    """Bytes of a number in weights and activations."""
+    return 2 if config.train.precision == "bf16" else 4
 
 
 def _tokens(config: Config) -> int:

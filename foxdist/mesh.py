@@ -62,6 +62,28 @@ def world_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
+def local_world_from_environment() -> int:
+    """How many of these are on this host."""
+    env = os.environ
+    if "RANK" in env:
+        # DeepSpeed's launcher calls it LOCAL_SIZE.
+        return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"])
+    if not _under_srun():
+        return 1
+    # "2(x3),1": tasks of each node, in order.
+    per_node = [
+        int(n.split("(")[0])
+        for n in env["SLURM_STEP_TASKS_PER_NODE"].split(",")
+        for _ in range(int(n.partition("(x")[2].rstrip(")") or 1))
+    ]
+    return per_node[int(env["SLURM_NODEID"])]
+
+
+def _under_srun() -> bool:
+    """Only srun sets the names of a step: in the batch script, plain python is one rank whatever the job's size."""
+    return "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
 def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
     """Joins the process group and makes the cp groups. Every rank must call; `cp` divides the world.
 
@@ -244,28 +266,18 @@ def _gpu(local_rank: int) -> torch.device:
 
 
 def _complete_environment() -> None:
-    """Fills in what the launcher left out, in torchrun's names: DeepSpeed and streaming read them too.
-
-    Only srun sets the names of a step: in the batch script itself, plain python is one rank whatever the job's size.
-    """
+    """Fills in what the launcher left out, in torchrun's names: DeepSpeed and streaming read them too."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    # Without it streaming takes every rank for a node of its own.
+    env["LOCAL_WORLD_SIZE"] = str(local_world_from_environment())
+    if _under_srun():
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        # "2(x3),1": tasks of each node, in order.
-        per_node = [
-            int(n.split("(")[0])
-            for n in env["SLURM_STEP_TASKS_PER_NODE"].split(",")
-            for _ in range(int(n.partition("(x")[2].rstrip(")") or 1))
-        ]
-        env["LOCAL_WORLD_SIZE"] = str(per_node[int(env["SLURM_NODEID"])])
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
                 "MASTER_ADDR, MASTER_PORT: not set under srun; must be an address of the job's first node and a free "
                 "port, the same for all ranks; export them before srun"
             )
     if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    # DeepSpeed's launcher calls it LOCAL_SIZE; without it streaming takes every rank for a node of its own.
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))

@@ -99,8 +99,8 @@ class FoX(nn.Module):
         activation_offloading: bool = False,
     ):
         super().__init__()
-        self.config, self.cp, self.offloading = model, cp, activation_offloading
-        self.host: HostMemory | None = None
+        self.config, self.cp = model, cp
+        self.host = HostMemory() if activation_offloading else None
         self.embedding = nn.Embedding(model.vocab, model.hidden)
         self.blocks = nn.ModuleList(Block(model, acp, cp, activation_checkpointing) for _ in range(model.layers))
         self.head = Head(model)
@@ -122,10 +122,7 @@ class FoX(nn.Module):
 
     def _offload(self, x: torch.Tensor) -> Offload | None:
         """For one forward, if its blocks' activations are to wait on the host."""
-        if not (self.offloading and torch.is_grad_enabled()):
-            return None
-        self.host = self.host or HostMemory(x.device)
-        return Offload(self.host, x.device)
+        return Offload(self.host, x.device) if self.host and torch.is_grad_enabled() else None
 
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] int64, in the whole sequence."""

@@ -146,9 +146,8 @@ def test_the_table(no_launcher, model, tmp_path, capsys):
     assert [line[12:14] for line in cells_of] == [["n/a", "n/a"]] * 2  # no peak of a CPU is known
 
 
-def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypatch, capsys):
-    """And the rest goes on; what breaks otherwise fails the command."""
-    answers = [OutOfMemory("rank 1: much"), {"left": 1}, RankError("rank 0: Traceback\nValueError: no | good")]
+def stand_in(monkeypatch, answer):
+    """`answer(cell)` in the place of one rank's measurement."""
 
     class Stub:
         first = True
@@ -159,15 +158,25 @@ def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypa
         def __call__(self, fn, argument):
             if fn is cells.look:
                 return {"device": "D", "attention": "A", "memory(GiB)": None}
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return FINE | answer
+            return answer(argument)
 
         def stop(self):
             pass
 
     monkeypatch.setattr(train, "Processes", Stub)
+
+
+def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypatch, capsys):
+    """And the rest goes on; what breaks otherwise fails the command."""
+    answers = [OutOfMemory("rank 1: much"), {"left": 1}, RankError("rank 0: Traceback\nValueError: no | good")]
+
+    def answer(argument):
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return FINE | found
+
+    stand_in(monkeypatch, answer)
     assert run(model, "--lengths", "512", "1024", "1536", "--acp", "on", "--output", str(tmp_path)) == 1
     rows = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert [row["failed"] for row in rows] == ["out of memory", None, "ValueError: no | good"]
@@ -179,22 +188,11 @@ def test_what_runs_out_of_memory_is_a_row(no_launcher, model, tmp_path, monkeypa
 def test_activations_that_no_host_has_room_for_are_a_row(no_launcher, model, tmp_path, monkeypatch):
     asked = []
 
-    class Stub:
-        first = True
+    def answer(argument):
+        asked.append(argument.config.train)
+        return FINE
 
-        def __init__(self, ranks, patience):
-            pass
-
-        def __call__(self, fn, argument):
-            if fn is cells.look:
-                return {"device": "D", "attention": "A", "memory(GiB)": None}
-            asked.append(argument.config.train)
-            return FINE
-
-        def stop(self):
-            pass
-
-    monkeypatch.setattr(train, "Processes", Stub)
+    stand_in(monkeypatch, answer)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1))
     modes = ("off", "on", "offload")
     assert run(model, "--lengths", "512", "--acp", "on", "--checkpointing", *modes, "--output", str(tmp_path)) == 0

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -285,13 +286,9 @@ def test_a_compiled_model_over_ranks_communicates_as_the_model(ranks, checkpoint
 
 def train_compiled(rank, size, values, folder, variants):
     """`curves`, with the operations of compiled graphs run one by one: compiling takes longer than the steps."""
-    real = torch.compile
     torch._dynamo.reset()
-    torch.compile = functools.partial(real, backend="aot_eager")
-    try:
+    with patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
         return curves(rank, size, values, folder, variants)
-    finally:
-        torch.compile = real
 
 
 def test_training_compiled_gives_the_same_curve_and_continues_either_way(ranks, tmp_path):

@@ -46,7 +46,19 @@ def test_srun(environment, per_node, local):
     ).items():
         environment.setenv(name, value)
     assert mesh.world_from_environment() == 7
+    assert mesh.local_world_from_environment() == int(local)
     assert completed() == ["5", "7", "1", local]
+    assert mesh.local_world_from_environment() == int(local)
+
+
+@pytest.mark.parametrize("name, local", [("LOCAL_WORLD_SIZE", 2), ("LOCAL_SIZE", 2), ("UNKNOWN", 4)])
+def test_how_many_are_on_this_host_is_known_before_the_start(environment, name, local):
+    """torchrun, deepspeed, and one that does not say."""
+    assert mesh.local_world_from_environment() == 1
+    for each, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", name: "2"}.items():
+        environment.setenv(each, value)
+    assert mesh.local_world_from_environment() == local
+    assert completed() == ["1", "4", "1", str(local)]
 
 
 def test_a_batch_script_is_one_rank(environment):

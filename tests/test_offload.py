@@ -4,6 +4,7 @@ On a CPU both memories are the same one; copies, their order and who holds what 
 
 import gc
 import weakref
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -11,8 +12,8 @@ import torch
 from test_model import batch, built, loss_and_gradients, small
 from test_train import curves
 
+from foxdist import before_start, offload
 from foxdist import config as configuration
-from foxdist import offload
 from foxdist.attention import Acp
 from foxdist.before_start import check_host_memory
 from foxdist.check import describe, host_memory
@@ -52,7 +53,7 @@ def test_the_same_bits(compiled):
 
 def chain(count, at=lambda i, offload: None):
     """sin(sin(...)), each a block that keeps its input: (x, y, offload)."""
-    away = Offload(HostMemory(CPU), CPU)
+    away = Offload(HostMemory(), CPU)
     x = torch.linspace(0, 1, 100, dtype=torch.float64, requires_grad=True)
     y = x * 1
     for i in range(count):
@@ -83,7 +84,7 @@ def test_two_blocks_are_on_the_device():
     ]
 
 
-def test_what_waits_is_no_longer_on_the_device():
+def test_what_waits_is_no_longer_on_the_device(monkeypatch):
     """The memory itself: nothing else holds what a block kept."""
     held = []
     real = Offload.keep
@@ -92,11 +93,8 @@ def test_what_waits_is_no_longer_on_the_device():
         held.append(weakref.ref(x.untyped_storage()))
         return real(self, x)
 
-    Offload.keep = keep
-    try:
-        _, _, away = chain(4)
-    finally:
-        Offload.keep = real
+    monkeypatch.setattr(Offload, "keep", keep)
+    _, _, away = chain(4)
     alive = [ref() is not None for ref in held]
     assert len(away._stays) == 4
     assert alive == [False, False, False, True], alive
@@ -125,7 +123,7 @@ def test_nothing_is_left_behind():
 
 
 def test_views_and_parameters_stay():
-    away = Offload(HostMemory(CPU), CPU)
+    away = Offload(HostMemory(), CPU)
     weight = torch.nn.Parameter(torch.randn(3, 4))
     x = torch.randn(4, 5).T  # not contiguous
     with away.block():
@@ -136,11 +134,8 @@ def test_views_and_parameters_stay():
 
 
 def offloaded_curves(rank, size, values, folder, variants):
-    least, offload.LEAST = offload.LEAST, 1
-    try:
+    with patch.object(offload, "LEAST", 1):
         return curves(rank, size, values, folder, variants)
-    finally:
-        offload.LEAST = least
 
 
 def test_training_with_any_stage_gives_the_same_curve(ranks, tmp_path):
@@ -152,30 +147,43 @@ def test_training_with_any_stage_gives_the_same_curve(ranks, tmp_path):
         assert torch.allclose(torch.tensor(curve), torch.tensor(reference), rtol=1e-5, atol=0)
 
 
-def values(**changes):
+def configured(**changes):
     parts = {"train.activation_checkpointing": "true", "train.activation_offloading": "true"} | changes
     return configuration.load("configs/fox_pro_760m.yaml", [f"{name}={value}" for name, value in parts.items()])
 
 
 def test_the_arithmetic_counts_it():
-    config = values()
+    config = configured()
     assert host_memory(config) == 24 * 16384 * (2 * 2 * 1536 + 4 * 24)
     assert "\nhost        about 2.3 GiB a rank: activations" in describe(config, 8)
-    without = values(**{"train.activation_offloading": "false"})
+    without = configured(**{"train.activation_offloading": "false"})
     assert host_memory(without) == 0
     assert "\nhost " not in describe(without, 8)
 
 
 def test_it_needs_checkpointing():
     with pytest.raises(ConfigError, match=r"must go with train\.activation_checkpointing=true"):
-        values(**{"train.activation_checkpointing": "false"})
+        configured(**{"train.activation_checkpointing": "false"})
 
 
 def test_a_host_with_too_little_memory_is_told_before_the_start(monkeypatch):
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10 * 2**30))
-    config = values()
+    config = configured()
     with pytest.raises(ConfigError, match=r"the 8 ranks of this host keep 18.3 GiB .* of which 10.0 GiB are free"):
         check_host_memory(config, 8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=20 * 2**30))
     check_host_memory(config, 8)
+
+
+def test_all_ranks_of_the_host_are_counted_under_srun_too(monkeypatch):
+    step = {"NUM_TASKS": "16", "TASKS_PER_NODE": "8(x2)"}
+    for name, value in {"SLURM_NODEID": "1", **{f"SLURM_STEP_{key}": x for key, x in step.items()}}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    for name in ("check_run", "check_machine"):
+        monkeypatch.setattr(before_start, name, lambda *_: None)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10 * 2**30))
+    with pytest.raises(ConfigError, match="the 8 ranks of this host keep"):
+        before_start.check_before_start(configured(), 16)

@@ -7,7 +7,6 @@ on. With --longest, instead of times, the longest sequence that trains.
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -253,8 +252,9 @@ def _row(point: Point, length: int, cell: Cell, ranks: int, call: Processes | La
     label = ", ".join(f"{name} {value}" for name, value in row.items() if name != "failed")
     print(f"measuring {label}", file=sys.stderr, flush=True)
     begun = time.monotonic()
+    here = meshes.local_world_from_environment() if isinstance(call, Launched) else ranks
     try:
-        check_host_memory(cell.config, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+        check_host_memory(cell.config, here)
     except configuration.ConfigError as error:
         print(f"  out of memory: {error}", file=sys.stderr, flush=True)
         return row | {"failed": report.OUT_OF_MEMORY}
