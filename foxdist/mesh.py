@@ -91,6 +91,7 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
     each. Default: where torch finds any.
     """
     _complete_environment()
+    _choose_for_torch()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpu = torch.cuda.is_available() if gpu is None else gpu
     device = _gpu(local) if gpu else torch.device("cpu")
@@ -108,9 +109,6 @@ def start(cp: int, timeout_minutes: float, gpu: bool | None = None) -> Mesh:
         # What is nearly forgotten has weights below 1e-38, with which a CPU calculates many times slower than with 0:
         # the quickstart trains 1.5 times as fast without, with the same losses.
         torch.set_flush_denormal(True)
-    # NCCL's kernels get the next free processors, where attention's, which stay until all tiles are done, would keep
-    # messages, gradients and ZeRO's parameters waiting.
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if not dist.is_initialized():
         try:
             dist.init_process_group(
@@ -281,3 +279,15 @@ def _complete_environment() -> None:
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def _choose_for_torch() -> None:
+    """What torch reads from the environment when it first needs it, where the user has not chosen."""
+    env = os.environ
+    # NCCL's kernels get the next free processors, where attention's, which stay until all tiles are done, would keep
+    # messages, gradients and ZeRO's parameters waiting.
+    env.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    # Else some 12 GiB of a GPU's memory lie between what is used, and long sequences run out of it that fit with this
+    # (README, "Measuring training": 917,504 tokens of a 760M over two H200s).
+    if "PYTORCH_CUDA_ALLOC_CONF" not in env:  # the older of its names
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

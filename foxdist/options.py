@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import select
 import signal
 import sys
@@ -15,6 +16,12 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
     return number
+
+
+def overrides_first(arguments: list[str]) -> list[str]:
+    """A command, then every `section.key=value`, then the rest: options of many values would take those for theirs."""
+    overrides = [text for text in arguments[1:] if re.match(r"[a-z_]+\.[a-z_]+=", text)]
+    return arguments[:1] + overrides + [text for text in arguments[1:] if text not in overrides]
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

@@ -22,6 +22,9 @@ from foxdist.config import Config
 from foxdist.model import Block, parameter_count
 from foxdist.shares import Flat, Piece
 
+BUCKET = 5 * 10**8  # gradients that stages 2 and 3 hold room for from the start, if there are as many; DeepSpeed's number
+GATHERED = 10**9  # parameters that stage 3 leaves gathered if they are soon used again, at most; DeepSpeed's, too
+
 
 def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, accumulation: int) -> Any:
     """A DeepSpeed engine around `model`: `engine(...)`, `engine.backward(loss, scale_wrt_gas=False)`, `engine.step()`.
@@ -46,8 +49,8 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": config.parallel.zero,
-            # Stages 2 and 3 hold a buffer of so many gradients from the start: DeepSpeed's 5e8, if there are as many.
-            "reduce_bucket_size": min(5 * 10**8, parameter_count(config.model)),
+            "reduce_bucket_size": min(BUCKET, parameter_count(config.model)),
+            "stage3_max_live_parameters": GATHERED,
             # Stage 3 gathers a block at a time, before its forward and its backward begin: a few large messages, and
             # no hook within what is compiled. What is no matrix (norms, gates) every rank keeps whole.
             "leaf_module": {"classes": [f"{Block.__module__}.{Block.__qualname__}"]},

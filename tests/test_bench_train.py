@@ -298,6 +298,7 @@ def test_the_search_ends_at_another_failure():
         (["--profile", "trace.json"], "of 2 configurations"),
         (["--acp", "on", "--profile", "nowhere/trace.json"], "its folder does not exist"),
         (["--steps", "1", "parallel.zero=2"], "use --zero"),
+        (["--acp", "on", "parallel.zero=2"], "use --zero"),
         (["--steps", "1", "model.heads=2"], "use --gates initial"),
         (["--steps", "1", "model.haeds=2"], "did you mean model.heads?"),
         (["--steps", "1", "train.micro_batch=2", "train.tokens_per_step=512"], "train.tokens_per_step=512"),

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -30,6 +32,30 @@ def environment(monkeypatch):
 def completed():
     mesh._complete_environment()
     return [os.environ[name] for name in LAUNCHER[:4]]
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def test_torch_is_told_in_time_how_to_allocate(environment):
+    """It has been imported by then."""
+    for name in ALLOCATOR:
+        environment.delenv(name, raising=False)
+    code = "import torch; from foxdist import mesh; mesh._choose_for_torch(); "
+    code += "print(torch._C._accelerator_getAllocatorSettings())"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said == "expandable_segments:True\n"
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_what_the_user_chose_for_torch_stays(environment, name):
+    for each in ALLOCATOR:
+        environment.delenv(each, raising=False)
+    chosen = {name: "max_split_size_mb:512", "TORCH_NCCL_HIGH_PRIORITY": "0"}
+    for each, value in chosen.items():
+        environment.setenv(each, value)
+    mesh._choose_for_torch()
+    assert {each: os.environ[each] for each in (*ALLOCATOR, *chosen) if each in os.environ} == chosen
 
 
 def test_plain_python_is_one_rank(environment):

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from foxdist.bench import acp, attention, context_parallel, kernels, record, scaling, train, tune
-from foxdist.options import exit_with
+from foxdist.options import exit_with, overrides_first
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         module.add_options(command)
         command.set_defaults(run=module.run)
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(overrides_first(sys.argv[1:] if arguments is None else arguments))
     try:
         return chosen.run(chosen)
     except ValueError as error:
