@@ -22,8 +22,8 @@ from foxdist.config import Config
 from foxdist.model import Block, parameter_count
 from foxdist.shares import Flat, Piece
 
-BUCKET = 5 * 10**8  # gradients that stages 2 and 3 hold room for from the start, if there are as many; DeepSpeed's number
-GATHERED = 10**9  # parameters that stage 3 leaves gathered if they are soon used again, at most; DeepSpeed's, too
+BUCKET = 5 * 10**8  # gradients that stages 2 and 3 hold room for, if there are as many; DeepSpeed's number
+GATHERED = 10**9  # parameters, at most, that stage 3 leaves gathered for their next use; DeepSpeed's, too
 
 
 def make_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, accumulation: int) -> Any:
