@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import sys
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from foxdist.guard import NonFiniteError
 from foxdist.sinks import Sinks
 
 from ranks import Ranks
-from runs import go, launch, losses, rows, tree, write_data, write_yaml
+from runs import complete, go, launch, losses, rows, tree, write_data, write_yaml
 
 STEPS = 20
 
@@ -296,6 +297,20 @@ def test_a_non_finite_number_stops_every_rank_before_the_update(ranks, data, tmp
         assert all(word in error for word in words), error
         # Stage 3 makes an update with gradients of 0 from a norm of inf; it cannot be kept from that, only stopped.
         assert unmoved or (where, zero) == ("sum", 3)
+
+
+UNUSED = ("torch._inductor.compile_fx", "torchvision", "transformers", "streaming.vision")
+
+
+def test_a_start_imports_nothing_that_it_does_not_use(data, tmp_path):
+    """They would take most of its time."""
+    path = write_yaml(tmp_path, tree(data, tmp_path / "run", train__steps=1, optim__warmup_tokens=2048))
+    code = f"import sys; from foxdist import train; status = train.main(['--config', {str(path)!r}]); "
+    code += f"print([name for name in {UNUSED} if name in sys.modules]); "
+    code += "assert train.torch.compile.__module__ == 'torch'; sys.exit(status)"
+    done = complete([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 # ---- mistakes, as a new user makes them

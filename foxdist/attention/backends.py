@@ -21,7 +21,6 @@ class Backend(NamedTuple):
     reason: str
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> Backend:
     """The implementation for tensors of `dtype` and head dimension `dim` on `device`.
 
@@ -29,6 +28,10 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, dim: 
     implementation that does not apply.
     """
     return _choose(backend, device.type, device.index, dtype, dim)
+
+
+# As torch.compiler.assume_constant_result does, which also imports the compiler: that takes longer than torch itself.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

@@ -1,6 +1,7 @@
 """The public attention function: checks its arguments, chooses the tile implementation, calls the operator."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def forgetting_attention(
         )
     acp, cp = _settled(acp, cp, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = {"scale": scale, "acp": acp, "cp": cp, "backend": runs.name}
+    options: dict[str, Any] = {"scale": scale, "acp": acp, "cp": cp, "backend": runs.name}
     if kept is not None:
         _check_kept(kept, q, cp)
     if kept is None:

@@ -1,38 +1,54 @@
 """The one door to mosaicml-streaming: every import of it goes through `import_streaming`.
 
-Importing takes help because streaming imports torchvision for its image datasets. Beside a CPU build of torch,
-torchvision's wheel cannot load its compiled operators, and registering fake versions of two of them fails. Declaring
-those two is all it takes.
+Its own datasets of images and texts stay outside, with the torchvision and transformers that they import: a start takes
+1.5 s less without, and beside a CPU build of torch torchvision's wheel cannot be imported at all.
 """
 
 import itertools
 import logging
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.shared_memory import SharedMemory
+from types import ModuleType
 from typing import Any
-
-import torch
 
 SECONDS_TO_SIZE = 60.0
 NUMBERS = 1000  # of shared memory: more than a process ever makes
-_library: torch.library.Library | None = None  # the declarations live as long as this object
+UNUSED = {  # modules, and the classes that streaming takes from them, to tell its batches from others
+    "streaming.multimodal": (),
+    "streaming.text": (),
+    "streaming.vision": (),
+    "transformers.feature_extraction_utils": ("BatchFeature",),
+    "transformers.tokenization_utils_base": ("BatchEncoding",),
+}
 
 
 def import_streaming() -> Any:
     """The `streaming` module."""
-    global _library
-    if torch.version.cuda is None and _library is None:
-        _library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import streaming
+    with _stand_ins():
+        import streaming
 
     _wait_for_the_size()
     # It warns at every start that `replication` needs care when resuming; loader.py takes it, and a test shows it.
     logging.getLogger("streaming").setLevel(logging.ERROR)
     return streaming
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Empty modules in place of those that are not used, for the while of an import."""
+    added = {name: ModuleType(name) for name in UNUSED if name not in sys.modules}
+    for name, module in added.items():
+        vars(module).update({each: type(each, (), {}) for each in UNUSED[name]})
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
 
 
 def _wait_for_the_size() -> None:
