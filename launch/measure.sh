@@ -8,8 +8,8 @@
 #   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, pages through memory, zigzag
 #   ways          on 1 and N GPUs: both layouts, all ways pages can move
 #   dense         on 1, 2, 4, ... N GPUs: strong scaling with nothing pruned
-#   training      FoX (Pro) 760M on every dp x cp of N GPUs, with ZeRO-1 and ZeRO-3, all on the same tokens; on one or
-#                 two GPUs also 125M, and both with nothing pruned
+#   training      FoX (Pro) 760M on every dp x cp of N GPUs (of eight with cp 2 or more), with ZeRO-1 and ZeRO-3, all on
+#                 the same tokens; on one or two GPUs also 125M, and both with nothing pruned
 #   longest       the longest sequence that trains on N GPUs: FoX (Pro) 125M, 360M, 760M
 #   faults        training on ranks of which one is killed, sleeps or plans otherwise, and that goes on with fewer
 #
@@ -83,13 +83,21 @@ dense() {
 }
 
 training() { # ZeRO-3 prepares in its first two steps what the others go by
-  local length model steps
+  local length model steps least cp
   for length in "${trained[@]}"; do
     steps=$((length > 200000 ? 1 : 3)) # of tens of seconds each
+    # Eight GPUs share a sequence by twos at least, and of the longest, which else does not fit, by fours. A step makes as
+    # few tokens as all these meshes can.
+    least=1
+    if [ "$gpus" -gt 4 ]; then least=$((length > 1000000 ? 4 : 2)); fi
+    cp=()
+    for size in "${sizes[@]}"; do
+      if [ "$size" -ge "$least" ]; then cp+=("$size"); fi
+    done
     for model in "${models[@]}"; do
-      bench "training-$model-$length" train --models "fox_pro_$model" --lengths "$length" --cp "${sizes[@]}" \
+      bench "training-$model-$length" train --models "fox_pro_$model" --lengths "$length" --cp "${cp[@]}" \
         --ranks "$gpus" --zero 1 3 --acp "${acp[@]}" --checkpointing "$checkpointing" --compile on --warmup 2 \
-        --steps "$steps" --patience 300 "train.tokens_per_step=$((gpus * length))"
+        --steps "$steps" --patience 300 "train.tokens_per_step=$((length * gpus / least))"
     done
   done
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from foxdist import check
 from foxdist.bench import context_parallel, train
 from foxdist.data.folder import open_folder
 
@@ -255,7 +256,8 @@ def test_what_measure_asks_for_can_be_measured(installed, gpus):
     for chosen in found["train"][:-1]:
         for point in train._points(chosen):
             cells = [train._cell(point, length, gpus, chosen) for length in chosen.lengths]
-            assert {cell.config.train.tokens_per_step for cell in cells} == {gpus * chosen.lengths[0]}
+            assert {cell.config.train.tokens_per_step for cell in cells} == {gpus // min(chosen.cp) * chosen.lengths[0]}
+            assert all(sum(check.memory(cell.config, gpus).values()) < 130 * check.GIB for cell in cells)
 
 
 def test_measure_prints_goes_on_and_fails_with_what_failed(installed):
