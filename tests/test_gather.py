@@ -18,6 +18,8 @@ def gathered(rank, size, transport):
     cp = ContextParallel(dist.group.WORLD, transport=transport)
     late = random.Random(rank)
     found = []
+    dist.barrier()
+    let_go()  # of what earlier tests on these ranks left
     for turn in range(12):
         time.sleep(late.choice([0, 0, 0.02]))
         narrow = torch.arange(6.0).view(2, 3).t() + 100 * turn + 10 * rank  # not contiguous
