@@ -5,6 +5,8 @@ is tested on one GPU, and nothing here is about speed.
 """
 
 import math
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -22,7 +24,7 @@ from foxdist.layout import shard, unshard
 from foxdist.progress import Progress
 
 from cases import GATES, gradients, inputs, relative
-from runs import go, losses, tree, write_data
+from runs import environment, go, losses, tree, write_data
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = ("out", "dq", "dk", "dv", "dlog_f")
@@ -82,6 +84,15 @@ def test_activations_that_wait_on_the_host_come_back(monkeypatch, compiled):
     assert max(relative(a, b) for a, b in zip(*answers)) < 1e-4
     a_block = data[0].numel() * 2 * 4 * config.hidden  # input, and attention's output
     assert peaks[0] - peaks[1] > 2 * a_block, peaks  # of the six blocks', two or three are there
+
+
+@needs_gpu
+def test_a_rank_takes_memory_in_expandable_segments():
+    code = "import torch; from foxdist import mesh; mesh._choose_for_torch(); kept = torch.ones(8, device='cuda'); "
+    code += "print({each['is_expandable'] for each in torch.cuda.memory_snapshot()})"
+    place = {name: value for name, value in environment().items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", code], env=place, capture_output=True, text=True)
+    assert done.stdout == "{True}\n", done.stderr
 
 
 def attend(rank, size, layout, schedule, acp, transport, backend="auto", overlap=True):
