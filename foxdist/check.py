@@ -24,7 +24,8 @@ KEPT_BYTES = {
 }
 # Bytes a token and hidden dimension beside what blocks keep, while the backward of a compiled one runs in bf16:
 # gradients on their way, and over ranks attention's float32 sums; (one rank a sequence, several), by activation
-# checkpointing. Fitted, with the head, to 18 peaks of README's tables of training; all 32 are within 2.3 %.
+# checkpointing. Fitted, with the head, to 18 peaks of README's tables of training; all 25 of ZeRO-1 are within
+# 2 %, the 7 of ZeRO-3 within 2.3.
 UNDER_WAY = {False: (24, 30), True: (12, 23)}
 ON_DEVICE = 2  # blocks, of those whose activations wait on the host; see foxdist/offload.py
 OFTEN = 4  # epochs for which text seen again teaches about as much as new text (arXiv 2305.16264)
@@ -115,7 +116,7 @@ def memory(config: Config, world: int) -> dict[str, float]:
         pages = config.train.micro_batch * model.groups * config.data.sequence_length // cp // BLOCK
         dtype = torch.bfloat16 if size == 2 else torch.float32
         shared = room(cp, config.parallel.schedule, pages, model.head_dim, model.heads // model.groups, dtype)
-    bucket = min(zero.BUCKET, parameters) if stage >= 2 else 0
+    bucket = zero.bucket(config) if stage >= 2 else 0
     gathered = min(zero.GATHERED, parameters) if stage == 3 else 0
     return {
         "weights": size * (parameters / (world if stage == 3 else 1) + gathered),

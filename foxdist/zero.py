@@ -23,7 +23,7 @@ from foxdist.config import Config
 from foxdist.model import Block, parameter_count
 from foxdist.shares import Flat, Piece
 
-BUCKET = 5 * 10**8  # gradients that stages 2 and 3 hold room for, if there are as many; DeepSpeed's number
+BUCKET = 5 * 10**8  # gradients; DeepSpeed's number
 GATHERED = 10**9  # parameters, at most, that stage 3 leaves gathered for their next use; DeepSpeed's, too
 
 
@@ -50,7 +50,7 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": config.parallel.zero,
-            "reduce_bucket_size": min(BUCKET, parameter_count(config.model)),
+            "reduce_bucket_size": bucket(config),
             "stage3_max_live_parameters": GATHERED,
             # Stage 3 gathers a block at a time, before its forward and its backward begin: a few large messages, and
             # no hook within what is compiled. What is no matrix (norms, gates) every rank keeps whole.
@@ -64,6 +64,11 @@ def engine_config(config: Config, accumulation: int) -> dict[str, Any]:
         # Else the host waits for the device before and after every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
+
+
+def bucket(config: Config) -> int:
+    """Gradients that stages 2 and 3 hold room for from the start: `BUCKET`, if there are as many."""
+    return min(BUCKET, parameter_count(config.model))
 
 
 def save(engine: Any, folder: Path) -> list[Path]:
@@ -170,7 +175,7 @@ def _quiet() -> contextlib.redirect_stdout:
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
     """No torch.compile: else DeepSpeed has it prepare its Muon, which nothing here uses, and to import the compiler for
-    that takes 2.7 s of each start."""
+    that takes 2.7 s of each start (processor's time of a run of two steps on one CPU rank, with and without)."""
     real = torch.compile
     torch.compile = lambda model=None, **_: model or (lambda fn: fn)  # type: ignore[assignment]
     try:

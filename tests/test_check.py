@@ -60,4 +60,4 @@ def test_memory_is_what_was_measured(stage, point, peak):
     }
     config = configuration.load(f"configs/fox_pro_{model}.yaml", [f"{name}={x}" for name, x in changes.items()])
     assert config.train.compile
-    assert sum(memory(config, ranks).values()) / GIB == pytest.approx(peak, rel=0.025)
+    assert sum(memory(config, ranks).values()) / GIB == pytest.approx(peak, rel=0.02 if stage == 1 else 0.025)

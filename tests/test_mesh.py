@@ -15,6 +15,7 @@ from foxdist.config import ConfigError
 from foxdist.ports import free_port
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 SLURM = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2"}
 
 
@@ -22,7 +23,7 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
 def environment(monkeypatch):
     """A process without a launcher; what a test or the code under test sets is undone."""
     before = dict(os.environ)
-    for name in (*LAUNCHER, *SLURM, "SLURM_STEP_TASKS_PER_NODE"):
+    for name in (*LAUNCHER, *ALLOCATOR, *SLURM, "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
     os.environ.clear()
@@ -34,13 +35,8 @@ def completed():
     return [os.environ[name] for name in LAUNCHER[:4]]
 
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-
 def test_torch_is_told_in_time_how_to_allocate(environment):
     """It has been imported by then."""
-    for name in ALLOCATOR:
-        environment.delenv(name, raising=False)
     code = "import torch; from foxdist import mesh; mesh._choose_for_torch(); "
     code += "print(torch._C._accelerator_getAllocatorSettings())"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -49,8 +45,6 @@ def test_torch_is_told_in_time_how_to_allocate(environment):
 
 @pytest.mark.parametrize("name", ALLOCATOR)
 def test_what_the_user_chose_for_torch_stays(environment, name):
-    for each in ALLOCATOR:
-        environment.delenv(each, raising=False)
     chosen = {name: "max_split_size_mb:512", "TORCH_NCCL_HIGH_PRIORITY": "0"}
     for each, value in chosen.items():
         environment.setenv(each, value)
