@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from foxdist import events
+from foxdist import events, graphs
 
 Plans = dict[int, tuple[int, int]]
 """For each layer, when it was planned last (parts entered, equal on all ranks) and the checksum of the plan."""
@@ -193,8 +193,10 @@ def _checksum(numbers: np.ndarray) -> int:
 
 
 def _event() -> torch.cuda.Event | None:
-    """Recorded on the stream at hand, which waits for an exchange from its `wait` on; None without a GPU in use."""
-    return events.record(torch._C._cuda_getDevice()) if torch.cuda.is_initialized() else None
+    """Recorded on the stream at hand, which waits for an exchange from its `wait` on; None without a GPU in use, and in
+    a graph, whose replays pass unseen."""
+    in_use = torch.cuda.is_initialized() and not graphs.capturing()
+    return events.record(torch._C._cuda_getDevice()) if in_use else None
 
 
 def _passed(event: torch.cuda.Event) -> bool:

@@ -6,6 +6,7 @@ The rank is one from the middle. Not a measurement of several GPUs, and not of r
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -27,6 +28,11 @@ class Memory:
 
     def __init__(self, group, size, device):
         self.parts = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(dist.get_world_size(group))]
+
+        self.turns = itertools.cycle([0, 1])
+
+    def turn(self, what):
+        return next(self.turns)
 
     def barrier(self, what):
         pass

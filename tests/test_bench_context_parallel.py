@@ -243,6 +243,10 @@ def test_the_slowest_rank_counts(ranks):
         (["--lengths", "1280", "--ranks", "1", "2"], "use 1536, or fewer ranks"),
         (["--weak", "384", "--ranks", "2"], "768 tokens on 2 ranks"),
         (["--ranks", "2", "--lengths", "512", "--backend", "gluon"], "backend='gluon'"),
+        (
+            ["--ranks", "2", "--lengths", "512", "--graphs"],
+            "--graphs: --device cpu, --transports auto; must be cuda and",
+        ),
     ],
 )
 def test_mistakes_are_named(words, said, capsys):

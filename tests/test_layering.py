@@ -20,6 +20,7 @@ ORDER = [
     "ports",
     "config",
     "events",
+    "graphs",
     "progress",
     "mesh",
     "stopping",

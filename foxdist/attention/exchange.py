@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from foxdist import graphs
 from foxdist.attention import gather, messages, peer
 from foxdist.attention.pages import BlockTable, Pages, PoolGrads
 from foxdist.attention.peer import check_reachable
@@ -74,7 +75,8 @@ def _resolved(cp: ContextParallel, device: torch.device) -> ContextParallel:
 
 def let_go() -> None:
     """Frees the memory that exchanges keep from one call to the next. Every rank calls, when all of them have come to
-    a point where no device has anything to do."""
+    a point where no device has anything to do. Graphs of calls over ranks may not be replayed any more."""
     messages.let_go()
     peer.let_go()
     gather.let_go()
+    graphs.let_go()

@@ -5,8 +5,6 @@ foxdist.bench train --cp 2 --compile on --profile FILE`) NCCL's all-gather keeps
 torch's own bookkeeping, and a barrier on the device 0.03; two small copies come to that.
 """
 
-import itertools
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from foxdist.attention import transport
 from foxdist.attention.peer import making_room
 from foxdist.attention.symmetric import Symmetric
 from foxdist.attention.transport import ContextParallel
+from foxdist.graphs import cached
 
 PLACE = 512  # bytes, to whose multiple a place is rounded up: the second one, too, begins where any dtype may
 
@@ -38,8 +37,7 @@ class Table(NamedTuple):
 
 
 class _Places:
-    """Two places on every rank, used in turn. One barrier each time is enough: who writes a place again has passed that
-    of the time between, at which every rank arrived after it had read."""
+    """Two places on every rank, used in turn."""
 
     def __init__(self, cp: ContextParallel, what: str, table: Table):
         size = table.dtype.itemsize * torch.Size(table.shape).numel()
@@ -50,16 +48,15 @@ class _Places:
             [part[at : at + size].view(table.dtype).view(table.shape) for part in self._memory.parts]
             for at in (0, place)
         ]
-        self._turns = itertools.count()
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        places = self._places[next(self._turns) % 2]
+        places = self._places[self._memory.turn(self._what)]
         places[self._rank].copy_(x)
         self._memory.barrier(self._what)
         return torch.stack(places)
 
 
-@lru_cache(maxsize=16)
+@cached(maxsize=16)
 def _places(cp: ContextParallel, what: str, table: Table) -> _Places:
     """Every rank calls in the same order, and so lets go of another's memory together."""
     with making_room(cp, table.device):
@@ -68,4 +65,4 @@ def _places(cp: ContextParallel, what: str, table: Table) -> _Places:
 
 def let_go() -> None:
     """Of all tables' memory, which nobody may read any more."""
-    _places.cache_clear()
+    _places.clear()

@@ -4,20 +4,18 @@ fetches it. No messages and no sizes on the host, so the host waits for nothing.
     forward, and again in backward:  lender lays needed pages on a shelf       | barrier | borrower fetches its slots
     gradients:          borrower's kernels write them where its slots can be read | barrier | lender fetches and adds
 
-Why one barrier each is enough: there are two shelves, used in turn. A rank that fills a shelf again has passed the
-barrier of the call between, at which every rank arrived after its fetches of the call before, in the order of its
-stream. Gradients have one place for each stage under way, and the same holds: a place is written again after the
-barrier of the stage between, or that of the next call's pages.
+Why one barrier each is enough: there are two shelves, used in turn (`Symmetric.turn`), and a rank comes to a barrier
+after its fetches of the call before, in the order of its stream. Gradients have one place for each stage under way, and
+the same holds: a place is written again after the barrier of the stage between, or that of the next call's pages.
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from foxdist import graphs
 from foxdist.attention import copies, streams
 from foxdist.attention.needs import find_needs
 from foxdist.attention.pages import BlockTable, Pages, PoolGrads, page_bytes, pages_in
@@ -45,13 +43,12 @@ class PeerExchange:
         self._arrived: list[torch.cuda.Event | None] = []
         self._returned: list[torch.cuda.Event | None] = []
 
-        shelf = memory.shelves[next(memory.turns) % 2]
-        self._sources = shelf
         ready = streams.mark(self._device)
         self._free = [ready] * UNDER_WAY
         with streams.aside(self._device):
             streams.after(ready)
-            copies.gather(pool, self.needs.lent, shelf[cp.rank], kernels)
+            self._sources = memory.shelves[memory.shelf.turn("pages")]
+            copies.gather(pool, self.needs.lent, self._sources[cp.rank], kernels)
             memory.shelf.barrier("pages")
             laid_out = streams.mark(self._device)
         for stage in range(min(UNDER_WAY, self.stages)):
@@ -166,7 +163,6 @@ class _Memory:
         self.grads, self.gradients = shared(under_way, borrowed, torch.float32)
         self.borrowed = [local(borrowed, dtype) for _ in range(under_way)]
         self.returned = [local(self._per_stage * own, torch.float32) for _ in range(under_way)]
-        self.turns = itertools.count()
 
         self.tables = [slots.table(stage, rows, heads) for stage in range(slots.stages)]
         lenders = slots.lender.view(slots.stages, 1, -1).expand(-1, pairs, -1)
@@ -180,7 +176,7 @@ class _Memory:
         return back[stage * self._per_stage : (stage + 1) * self._per_stage]
 
 
-@lru_cache(maxsize=4)
+@graphs.cached(maxsize=4)
 def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
     """Every rank calls in the same order, and so lets go of another shape's memory together."""
     with making_room(cp, shape.device):
@@ -190,7 +186,12 @@ def _memory(cp: ContextParallel, shape: Shape) -> _Memory:
 @contextmanager
 def making_room(cp: ContextParallel, device: torch.device) -> Iterator[None]:
     """Around the making of memory that all ranks share, in place of which older memory may go: every rank comes here.
-    Raises as `check_reachable` does."""
+    Raises as `check_reachable` does, and in a capture, which forbids what this takes."""
+    if graphs.capturing():
+        raise ValueError(
+            "cp: ranks make the memory that they share in the first call of a shape, which no CUDA graph can do; must "
+            "be there before; call once, forward and backward, before the capture"
+        )
     check_reachable(cp, device)
     cp.wait_for_all(device)  # nobody reads any more what goes now
     with torch.inference_mode(False):  # the first call may be a validation's
@@ -199,7 +200,7 @@ def making_room(cp: ContextParallel, device: torch.device) -> Iterator[None]:
 
 def let_go() -> None:
     """Of all shapes' memory, which nobody may read any more."""
-    _memory.cache_clear()
+    _memory.clear()
 
 
 def check_reachable(cp: ContextParallel, device: torch.device) -> None:

@@ -15,11 +15,11 @@ gate's gradient is a suffix sum over the sequence: per-block sums are gathered, 
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from foxdist import graphs
 from foxdist.attention import boundary, streams, tiles
 from foxdist.attention.acp import Acp, measured_bound
 from foxdist.attention.boundary import Boundary
@@ -90,6 +90,7 @@ def find_kept(
     if cp is None:
         bound = _logit_bound(q, k, call, device)
         return boundary.find_boundary(q, k, log_f, call.acp, bound, call.scale, keys, room, lambda x: x, call.backend)
+    _check_capture(cp)
     if call.acp and isinstance(call.acp.logit_bound, torch.Tensor):  # compiled code reuses its memory after this call
         call = replace(call, acp=replace(call.acp, logit_bound=call.acp.logit_bound.clone()))
     ready = streams.mark(device)
@@ -211,7 +212,7 @@ def _local(
     return Queries(q, c_in, base, start, blocks, call.scale), Pages(k, v, c_in), table
 
 
-@lru_cache(maxsize=64)
+@graphs.cached(maxsize=64)
 def _own(
     rows: int, heads: int, total: int, cp: ContextParallel | None, device: torch.device
 ) -> tuple[torch.Tensor, BlockTable]:
@@ -230,7 +231,7 @@ def _whole(x: torch.Tensor, cp: ContextParallel | None, what: str) -> torch.Tens
     return whole.view(rows, heads, cp.size * count, *x.shape[3:])
 
 
-@lru_cache(maxsize=64)
+@graphs.cached(maxsize=64)
 def _order(rows: int, heads: int, count: int, cp: ContextParallel, device: torch.device) -> torch.Tensor:
     """[B * H * N]: where each row's and head's blocks of the sequence stand in [P, B, H, n], what ranks own."""
     owned = [blocks_of(rank, cp.size, cp.size * count, cp.layout) for rank in range(cp.size)]
@@ -260,6 +261,7 @@ def _take_found(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) 
     to the host; None where the host makes no plan."""
     if cp is None:
         return None
+    _check_capture(cp)
     found = _latest.get(start.device)
     if found:
         streams.after(found.event)  # or for a later one, in a program that finds for several calls first: as good
@@ -268,6 +270,15 @@ def _take_found(start: torch.Tensor, kv_heads: int, cp: ContextParallel | None) 
     if found and found.start == start.data_ptr():
         return found.first
     return streams.ToHost(first_of_chunks(start, kv_heads, chunk_count(cp.size, cp.layout)))
+
+
+def _check_capture(cp: ContextParallel) -> None:
+    """Raises `ValueError` where the host would wait for what a graph's device has yet to find."""
+    if cp.transport != "peer" and graphs.capturing():
+        raise ValueError(
+            f"parallel.transport={cp.transport}: the host waits for the numbers that it plans with, which no CUDA "
+            "graph can do; must be peer in a capture; let the ranks of a group be on one host"
+        )
 
 
 def _plan(first: streams.ToHost | None, blocks: int, cp: ContextParallel | None) -> Plan | None:

@@ -3,7 +3,6 @@
 Only the first token of a chunk has its left neighbour elsewhere, so one row a chunk travels; its gradient travels back.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from foxdist.attention.gather import all_gather
 from foxdist.attention.replay import remember
 from foxdist.attention.transport import ContextParallel, context_parallel
+from foxdist.graphs import cached
 from foxdist.layout import chunk_count, chunks_of, owner_of
 
 
@@ -67,7 +67,7 @@ def _exchange(rows: torch.Tensor, cp: ContextParallel, step: int) -> torch.Tenso
     return arrived
 
 
-@lru_cache(maxsize=64)
+@cached(maxsize=64)
 def _neighbours(rows: int, step: int, cp: ContextParallel, device: torch.device) -> torch.Tensor:
     """[B * chunks]: where, in all ranks' rows, that of the chunk is which gives to each of this rank's chunks; any for
     the chunk that nobody gives to."""

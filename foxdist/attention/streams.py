@@ -23,10 +23,13 @@ def aside(device: torch.device, name: str = "pages") -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = events.current_stream(device.index)
-    torch.cuda.set_stream(_side(device, name))
+    before, side = events.current_stream(device.index), _side(device, name)
+    torch.cuda.set_stream(side)
     try:
         yield
+    except BaseException:
+        before.wait_stream(side)  # or the capture of a graph would end in another error than this one
+        raise
     finally:
         torch.cuda.set_stream(before)
 

@@ -4,6 +4,7 @@ A rank writes its own part and reads the others'. `barrier` is what orders the t
 stream, which the host does not wait for.
 """
 
+import itertools
 import os
 import tempfile
 import uuid
@@ -14,6 +15,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
+from foxdist import graphs
 from foxdist.progress import progress
 
 SHARED = Path("/dev/shm")  # memory, not a disk, on every Linux
@@ -24,6 +26,7 @@ class Symmetric:
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device):
         self._group, self._handle, self.size = group, None, size
+        self._turns, self._captured = itertools.count(), False
         _held.add(self)
         self._ranks = tuple(dist.get_process_group_ranks(group))
         if device.type == "cuda":
@@ -46,6 +49,19 @@ class Symmetric:
                 self._handle.barrier(channel=0)
             else:
                 dist.barrier(self._group)
+
+    def turn(self, what: str) -> int:
+        """0 and 1 in turn: which of two places this call writes, every rank's the same. what: as of the `barrier` that
+        follows.
+
+        Who writes a place again has passed the barrier of the call between, at which every rank arrived after it had
+        read. Replays of a graph write the place of their capture, whatever came before; so from the first capture on a
+        barrier of its own comes before each call.
+        """
+        self._captured = self._captured or graphs.capturing()
+        if self._captured:
+            self.barrier(f"{what}, before they are written")
+        return next(self._turns) % 2
 
 
 _held: WeakSet[Symmetric] = WeakSet()

@@ -58,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of timed calls for each set of inputs on a GPU, at least three; default: %(default)s",
     )
+    add("--graphs", action="store_true", help="replay calls as CUDA graphs, which takes the host no time; peer only")
     processes.add_option(parser)
     add("--backend", choices=BACKENDS, default="auto", help="of attention; default: %(default)s")
     add("--dtype", choices=DTYPES, default="bf16")
@@ -201,6 +202,11 @@ def check_ranks(chosen: argparse.Namespace, shapes: list[Shape]) -> None:
             f"--ranks {max(chosen.ranks)}: torch finds {gpus} GPU{'s' if gpus > 1 else ''}; must be one for every "
             "rank; use fewer, or a launcher on several hosts"
         )
+    if chosen.graphs and (chosen.device != "cuda" or chosen.transports != ["peer"]):
+        raise ValueError(
+            f"--graphs: --device {chosen.device}, --transports {' '.join(chosen.transports)}; must be cuda and peer, "
+            "with which the host waits for nothing; add --transports peer, or leave --graphs out"
+        )
     for shape in shapes:
         choose_backend(chosen.backend, torch.device(chosen.device), DTYPES[chosen.dtype], shape.dim)
 
@@ -221,6 +227,7 @@ def setup_of(gates: str, chosen: argparse.Namespace) -> dict[str, Any]:
         "ranks_per_host": chosen.ranks_per_host,
         "repeats": chosen.repeats,
         "backend": chosen.backend,
+        "graphs": chosen.graphs,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -218,6 +218,15 @@ def milliseconds(
     return slowest(list(times), device, group)
 
 
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` as one launch: a CUDA graph of it, after a call that makes what a capture must find ready."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def host_milliseconds(call: Callable[[], Any], device: torch.device) -> float | None:
     """Until a call returns that begins with nothing to do on the GPU; None on a CPU, which does all of it itself.
 

@@ -177,6 +177,7 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
     counts: list[Row] = []
     memory = host = None
     implementation = spread(cp, chosen)
+    launched = measure.captured if chosen.graphs else lambda call: call
     for seed in range(chosen.repeats * gates.layers):
         mine = part(measure.make_inputs(case, gates, seed), cp)
         ready = measure.bind(implementation, mine)
@@ -187,12 +188,12 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
             counts.append(_counts(cp, mine, chosen))
 
         def timed(call: Callable[[], Any]) -> list[float]:
-            return measure.milliseconds(call, case.device, cp.group, chosen.seconds)
+            return measure.milliseconds(launched(call), case.device, cp.group, chosen.seconds)
 
         forward[seed % gates.layers] += timed(ready.forward)
         both[seed % gates.layers] += timed(ready.both)
         if seed == 0:
-            host = _most(measure.host_milliseconds(ready.both, case.device), case.device, cp)
+            host = _most(measure.host_milliseconds(launched(ready.both), case.device), case.device, cp)
         with without_pages():
             silent[seed % gates.layers] += timed(ready.both)
     row: Row = {key: statistics.mean(each[key] for each in counts) for key in counts[0]}

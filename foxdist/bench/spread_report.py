@@ -53,6 +53,7 @@ def markdown(result: dict[str, Any]) -> str:
     setup = result["setup"]
     pruning = "nothing pruned" if setup["bound"] is None else f"bound={setup['bound']}"
     title = f"gates {setup['gates']}, {pruning}, {setup['dtype']}, batch 1, torch {setup['torch']}, {setup['date']}"
+    title += ", replayed as CUDA graphs" if setup["graphs"] else ""
     parts = [title]
     if result["plan"]:
         layouts = [name for name in LAYOUTS if any(row["layout"] == name for row in result["plan"])]

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from foxdist.attention.kernels.launcher import cdiv, launch
 from foxdist.attention.pages import Pages, PoolGrads
+from foxdist.graphs import cached
 from foxdist.layout import BLOCK
 
 # Programs of `fetch`: a peer's memory is read at full speed by 32 of them (313 GB/s of 333, two H200s), and the other
@@ -67,17 +68,10 @@ def fetch(sources: Sequence[Pages], source: torch.Tensor, row: torch.Tensor, out
     )  # fmt: skip
 
 
-_known_pointers: dict[tuple, torch.Tensor] = {}
-
-
+@cached(maxsize=256)
 def _pointers(device: torch.device, addresses: tuple[int, ...]) -> torch.Tensor:
     """[sources, 3] int64 on the device. Sources are buffers that stay, so few are ever made."""
-    key = device, addresses
-    if key not in _known_pointers:
-        if len(_known_pointers) > 256:
-            _known_pointers.clear()
-        _known_pointers[key] = torch.tensor(addresses, dtype=torch.int64).to(device)
-    return _known_pointers[key]
+    return torch.tensor(addresses, dtype=torch.int64).to(device)
 
 
 @triton.jit(do_not_specialize=["count"])
