@@ -7,6 +7,7 @@
 #
 #   attention     on 1, 2, 4, ... N GPUs: strong and weak scaling, pages through memory, zigzag
 #   ways          on 1 and N GPUs: both layouts, all ways pages can move
+#   graphs        on 1, 2, 4, ... N GPUs: the same as CUDA graphs, for which no host decides; the two shorter lengths
 #   dense         on 1, 2, 4, ... N GPUs: strong scaling with nothing pruned
 #   training      FoX (Pro) 760M on every dp x cp of N GPUs (of eight with cp 2 or more), with ZeRO-1 and ZeRO-3, all on
 #                 the same tokens; on one or two GPUs also 125M, and both with nothing pruned
@@ -26,15 +27,15 @@ cd "$root"
 parts=() gpus='' output='' dry='' status=0
 while [ $# -gt 0 ]; do
   case $1 in
-    attention | ways | dense | training | longest | faults) parts+=("$1") ;;
+    attention | ways | graphs | dense | training | longest | faults) parts+=("$1") ;;
     --gpus) gpus=${2:?--gpus needs a number} && shift ;;
     --output) output=${2:?--output needs a folder} && shift ;;
     --dry-run) dry=1 ;;
-    *) fail "$1: unknown; must be attention, ways, dense, training, longest, faults or an option; see the head of $0" ;;
+    *) fail "$1: unknown; must be attention, ways, graphs, dense, training, longest, faults or an option; see the head of $0" ;;
   esac
   shift
 done
-[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, ways, dense, training, longest or faults; name some"
+[ ${#parts[@]} -gt 0 ] || fail "nothing to measure; must be attention, ways, graphs, dense, training, longest or faults; name some"
 gpus=${gpus:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 [ "$gpus" != 0 ] || fail "no GPU found; must be there; see README for what can be measured on CPUs"
 sizes=()
@@ -77,6 +78,11 @@ ways() { # of the longest sequences they say little
   bench ways "${spread[@]}" --ranks 1 "$gpus" --lengths "${lengths[@]:0:2}" --transports nccl peer
 }
 
+graphs() {
+  bench graphs "${spread[@]}" --ranks "${sizes[@]}" --lengths "${lengths[@]:0:2}" --layouts zigzag --schedules auto \
+    --transports peer --graphs
+}
+
 dense() {
   bench dense "${spread[@]}" --ranks "${sizes[@]}" --lengths "${lengths[@]:0:2}" --layouts zigzag --schedules auto \
     --transports peer --no-acp
@@ -115,6 +121,7 @@ for part in "${parts[@]}"; do
   case $part in
     attention) attention ;;
     ways) ways ;;
+    graphs) graphs ;;
     dense) dense ;;
     training) training ;;
     longest) longest ;;

@@ -48,6 +48,7 @@ def options(words):
     add("--schedules", nargs="+", default=["auto", "gather", "ring"])
     add("--transports", nargs="+", default=["nccl"])
     add("--no-acp", action="store_true")
+    add("--graphs", action="store_true", help="replay calls as CUDA graphs: peer only")
     add("--repeats", type=int, default=8)
     return parser.parse_args(words, argparse.Namespace(bound="paper", backend="auto"))
 
@@ -84,11 +85,12 @@ def measured(cp, whole, sums, chosen):
         ready = measure.bind(spread.spread(cp, chosen), spread.part(whole, cp))
         for _ in range(3):
             ready.both()
-        forward, both = (times(call, chosen.repeats) for call in (ready.forward, ready.both))
+        calls = [measure.captured(call) for call in ready] if chosen.graphs else ready
+        forward, both = (times(call, chosen.repeats) for call in calls)
         finish()
         begun = time.perf_counter()
         for _ in range(chosen.repeats):
-            ready.both()
+            calls[1]()
         finish()
         each = 1000 * (time.perf_counter() - begun) / chosen.repeats
     return (

@@ -227,7 +227,7 @@ def test_what_the_kernel_corpus_lacks_is_named(installed, debian, change, argume
     assert not (folder / "data" / "linux").exists()
 
 
-PARTS = ("attention", "ways", "dense", "training", "longest", "faults")
+PARTS = ("attention", "ways", "graphs", "dense", "training", "longest", "faults")
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
@@ -252,7 +252,7 @@ def test_what_measure_asks_for_can_be_measured(installed, gpus):
         assert max(chosen.ranks) == gpus
         context_parallel.check_points([], context_parallel.points_of(chosen, chosen.ranks))
     # Two models on few GPUs and two lengths on many; and the longest.
-    assert [len(chosen) for chosen in found.values()] == [3, 2 + 1]
+    assert [len(chosen) for chosen in found.values()] == [4, 2 + 1]
     for chosen in found["train"][:-1]:
         for point in train._points(chosen):
             cells = [train._cell(point, length, gpus, chosen) for length in chosen.lengths]
