@@ -34,6 +34,18 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "prepared")
 
 
+@pytest.fixture(scope="session")
+def trained(ranks, tmp_path_factory):
+    """A run folder and its data, which no test changes: two steps on two ranks with sharded parameters."""
+    from runs import go, tree, write_data
+
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_data(folder / "data", documents=20)
+    changes = {"parallel__zero": 3, "parallel__cp": 2, "train__steps": 2, "checkpoint__every": 1}
+    ranks(2, go, tree(data, folder / "run", optim__warmup_tokens=0, **changes))
+    return folder / "run", data
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """In this process as on every rank."""

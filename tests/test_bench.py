@@ -20,7 +20,6 @@ from foxdist.data.folder import open_folder
 from foxdist.data.loader import one_sequence
 
 from cases import relative
-from runs import go, tree, write_data
 
 CPU = torch.device("cpu")
 TINY = ["attention", "--device", "cpu", "--shapes", "2x16", "--lengths", "256", "--repeats", "1"]
@@ -62,16 +61,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def trained(ranks, tmp_path_factory):
-    """A run folder and its data: two steps on two ranks with sharded parameters."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = write_data(folder / "data", documents=20)
-    changes = {"parallel__zero": 3, "parallel__cp": 2, "train__steps": 2, "checkpoint__every": 1}
-    ranks(2, go, tree(data, folder / "run", optim__warmup_tokens=0, **changes))
-    return folder / "run", data
 
 
 @pytest.mark.parametrize("heads, dim", [(16, 64), (8, 16), (4, 64)])

@@ -102,6 +102,7 @@ ORDER = [
     "metrics",
     "sinks",
     "checkpoint",
+    "export",
     "check",
     "before_start",
     "train",
