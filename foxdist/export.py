@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from foxdist import __version__, checkpoint, run_folder
 from foxdist import config as configuration
 from foxdist.config import Config, Model
+from foxdist.layer import pruning
 from foxdist.model import FoX
 from foxdist.options import exit_with
 
@@ -84,6 +85,14 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.d
     except RuntimeError as error:
         raise ValueError(f"{folder}: {WEIGHTS} does not go with {CONFIG} ({error}); export the run again") from None
     return model.to(dtype)
+
+
+def rebuild(config: Config, weights: dict[str, torch.Tensor], device: torch.device) -> FoX:
+    """The model as it trains, but on one process: parameters in the run's precision, and its pruning."""
+    with torch.device(device):
+        model = FoX(config.model, acp=pruning(config.acp))
+    model.load_state_dict(weights)
+    return model.to(torch.bfloat16) if config.train.precision == "bf16" else model
 
 
 def _about(config: Config, step: int, parameters: int) -> dict[str, Any]:

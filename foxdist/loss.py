@@ -48,11 +48,10 @@ class _CrossEntropySum(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         learn = any(ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        vocab, kind = len(weight), "cuda" if hidden.is_cuda else "cpu"
-        table = F.pad(weight, (0, 0, 0, -vocab % ALIGNED[kind]))
+        vocab = len(weight)
+        table, size = _filled(weight)
         d_hidden = torch.empty_like(hidden if learn else hidden[:0])
         d_table = torch.zeros_like(table if learn else table[:0], dtype=torch.float32)
-        size = max(1, LOGITS_AT_ONCE[kind] // len(table))
         for at in range(0, len(hidden), size):
             x, y = hidden[at : at + size], labels[at : at + size]
             logits = x @ table.T
@@ -71,6 +70,26 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (d_hidden * grad).to(d_hidden.dtype), (d_weight * grad).to(d_weight.dtype), None
+
+
+def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log softmax(hidden @ weight.T)[label] of each token [M] float32, as `cross_entropy_sum` adds them up, and the
+    likeliest label of each [M] int64. Has no gradient."""
+    losses, likeliest = [], []
+    with torch.no_grad():
+        table, size = _filled(weight)
+        for x, y in zip(hidden.split(size), labels.split(size)):
+            logits = x @ table.T
+            likeliest.append(logits[:, : len(weight)].argmax(-1))
+            losses.append(softmax_gradient(logits, y, len(weight)))
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def _filled(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The weight with rows up to a multiple of `ALIGNED`, and for how many tokens logits may exist at a time."""
+    kind = "cuda" if weight.is_cuda else "cpu"
+    table = F.pad(weight, (0, 0, 0, -len(weight) % ALIGNED[kind]))
+    return table, max(1, LOGITS_AT_ONCE[kind] // len(table))
 
 
 def softmax_gradient(logits: torch.Tensor, labels: torch.Tensor, vocab: int) -> torch.Tensor:

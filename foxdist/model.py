@@ -107,6 +107,10 @@ class FoX(nn.Module):
         self.apply(self._initialise)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(tokens, starts), labels)
+
+    def hidden(self, tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """What the head sees: [B, T, F]."""
         where = self._positions(tokens) if self.config.rope else None
         x = self.embedding(tokens)
         offload = self._offload(x)
@@ -118,7 +122,7 @@ class FoX(nn.Module):
             progress.enter_backward(i, x)
             block.attention.meter.add(counted)
         progress.enter("forward")
-        return self.head(x, labels)
+        return x
 
     def _offload(self, x: torch.Tensor) -> Offload | None:
         """For one forward, if its blocks' activations are to wait on the host."""

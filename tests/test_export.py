@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from foxdist import checkpoint, export, run_folder
 from foxdist import config as configuration
-from foxdist.bench import record
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import one_sequence
 
@@ -39,7 +38,7 @@ def test_what_is_exported_is_what_was_trained(trained, tmp_path, capsys):
     assert about["tokens"] == 2 * config.train.tokens_per_step
     assert sorted(path.name for path in out.parent.rglob("*")) == ["config.json", "model", "model.safetensors"]
 
-    trained_here = record.build(config, weights, torch.device("cpu"))  # which prunes, as training does
+    trained_here = export.rebuild(config, weights, torch.device("cpu"))  # which prunes, as training does
     torch.testing.assert_close(losses(export.load(out), data), losses(trained_here, data), rtol=1e-4, atol=0.0)
 
 

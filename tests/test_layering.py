@@ -107,6 +107,7 @@ ORDER = [
     "before_start",
     "train",
     "report",
+    "evaluate",
     "bench.gates",
     "bench.implementations",
     "bench.peers",

@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
-from foxdist.config import Config
 from foxdist.data.folder import open_folder
 from foxdist.data.loader import Batch, one_sequence
-from foxdist.layer import pruning
+from foxdist.export import rebuild
 from foxdist.model import FoX
 
 
@@ -36,7 +35,7 @@ def run(chosen: argparse.Namespace) -> int:
     config = configuration.load(chosen.run_dir / "config.yaml")
     batch = one_sequence(config.data.path, open_folder(config.data.path), chosen.sequence)
     step, weights = checkpoint.weights(run_folder.checkpoints(chosen.run_dir))
-    model = build(config, weights, torch.device(chosen.device))
+    model = rebuild(config, weights, torch.device(chosen.device))
     names = ("q", "k", "log_f") if chosen.queries_and_keys else ("log_f",)
     seen = attended(model, batch, torch.device(chosen.device), names)
     about = {"run": chosen.run_dir.name, "step": str(step), "sequence": str(chosen.sequence)}
@@ -47,14 +46,6 @@ def run(chosen: argparse.Namespace) -> int:
     print(f"{chosen.output}: gates of step {step}, [layers, tokens, heads] = {list(seen['log_f'].shape)}")
     print(f"the run's pruning keeps {100 * kept / causal:.1f} % of the tiles of this sequence")
     return 0
-
-
-def build(config: Config, weights: dict[str, torch.Tensor], device: torch.device) -> FoX:
-    """The model as it trains, on one process: parameters in the run's precision."""
-    with torch.device(device):
-        model = FoX(config.model, acp=pruning(config.acp))
-    model.load_state_dict(weights)
-    return model.to(torch.bfloat16) if config.train.precision == "bf16" else model
 
 
 class _Watch(TorchDispatchMode):
