@@ -148,10 +148,10 @@ def by_position(losses: list[torch.Tensor], batches: list[Batch]) -> list[dict[s
     real = [batch.labels[0] != IGNORE for batch in batches]
     place = torch.cat([x[keep] for x, keep in zip(before, real)])
     loss = torch.cat([x[keep] for x, keep in zip(losses, real)]).double()
-    group = (place + 1).double().log2().floor().long()
+    group = (2 * place + 1).double().log2().floor().long()  # 0, 1, 2, 2, 3, 3, 3, 3, 4, ...
     counts, sums = group.bincount(), group.bincount(weights=loss)
     return [
-        {"from": 2**i - 1, "to": 2 ** (i + 1) - 2, "tokens": count, "loss": total / count}
+        {"from": 2**i // 2, "to": max(2**i - 1, 0), "tokens": count, "loss": total / count}
         for i, (count, total) in enumerate(zip(counts.tolist(), sums.tolist()))
         if count
     ]
@@ -211,7 +211,7 @@ def summary(result: dict[str, Any]) -> str:
     ]
     for row in result["by_position"]:
         lines.append(f"{row['from']:>14,} to {row['to']:<12,} {row['tokens']:>10,} {row['loss']:>8.4f}")
-    lines += ["", "needle: tokens of the secret that come back, and by how many nats they became likelier"]
+    lines += ["", "needle: tokens of the secret that come back, and by how many nats a token it became likelier"]
     lines.append(f"{'tokens':>14} " + " ".join(f"{f'depth {100 * depth:.0f} %':>16}" for depth in DEPTHS))
     for length in dict.fromkeys(row["tokens"] for row in result["needle"]):
         cells = [f"{row['right(%)']:.0f} %, {row['gain(nats)']:+.2f}" for row in of_length(result, length)]

@@ -63,6 +63,7 @@ def export(run_dir: Path, output: Path, dtype: torch.dtype = torch.float32) -> d
     work.mkdir(parents=True)
     save_file({name: x.to(dtype) for name, x in weights.items()}, work / WEIGHTS, {"format": "pt"})
     (work / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+    (work / WEIGHTS).chmod((work / CONFIG).stat().st_mode)  # safetensors makes its files the owner's alone
     tokenizer = config.data.path / TOKENIZER
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, work / TOKENIZER)

@@ -70,8 +70,9 @@ def test_positions_begin_anew_in_each_document():
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 99.0, 99.0])
     assert evaluate.by_position([losses], [batch]) == [
         {"from": 0, "to": 0, "tokens": 2, "loss": (1 + 6) / 2},
-        {"from": 1, "to": 2, "tokens": 4, "loss": (2 + 3 + 7 + 8) / 4},
-        {"from": 3, "to": 6, "tokens": 2, "loss": (4 + 5) / 2},
+        {"from": 1, "to": 1, "tokens": 2, "loss": (2 + 7) / 2},
+        {"from": 2, "to": 3, "tokens": 3, "loss": (3 + 4 + 8) / 3},
+        {"from": 4, "to": 7, "tokens": 1, "loss": 5.0},
     ]
 
 

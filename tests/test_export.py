@@ -29,6 +29,7 @@ def test_what_is_exported_is_what_was_trained(trained, tmp_path, capsys):
     count = sum(x.numel() for x in weights.values())
     assert capsys.readouterr().out == f"{out}: step {step}, {count:,} parameters in float32\n"
 
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "who may read one may read all"
     found = load_file(out / "model.safetensors")
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
