@@ -129,6 +129,7 @@ ORDER = [
     "bench.tune",
     "bench.__main__",
     "bench",
+    "simulate",
 ]
 
 # What a module must not know, whatever its place.
