@@ -7,8 +7,8 @@ For each number of GPUs and each `parallel.cp` that they allow: seconds a step, 
 Attention over ranks is `attention.predict`'s forecast, from gates; memory is that of `--check`. The rates of the rest
 are fitted to 41 steps of FoX (Pro) 125M, 360M and 760M on one, two and four H200s of one host, compiled and in bf16
 (README, Measuring training): five numbers, with which all of them come out within 10 %, 3.5 % in the mean square
-(tests/test_simulate.py). What gradients take between hosts has not been measured: it is counted whole, as none of it
-were hidden.
+(tests/test_simulate.py). What gradients take between hosts has not been measured: it is counted whole, as if
+none of it were hidden.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def simulate(chosen: argparse.Namespace) -> dict[str, Any]:
-    """A row for each number of GPUs and `parallel.cp`. Raises `ValueError` for what nobody measured, and if none fits."""
+    """A row for each number of GPUs and `parallel.cp`. Raises `ValueError` if none fits, or what is asked for was not
+    measured."""
     config = configuration.load(chosen.config, chosen.overrides)
     if config.train.precision != "bf16" or not config.train.compile:
         raise ValueError(
@@ -244,6 +245,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.plot([r["GPUs"] for r in mine], [r[name] for r in mine], ".-", label=f"cp {cp}")
     for axis, title in zip(axes, ("tokens/s a GPU", "memory of a GPU, GiB")):
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({r["GPUs"] for r in rows}), [str(n) for n in sorted({r["GPUs"] for r in rows})])
         axis.set(title=title, xlabel="GPUs", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
