@@ -26,9 +26,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from foxdist import config as configuration
-from foxdist.attention.predict import Machine, alone, forecast
+from foxdist.attention.predict import Machine, alone, choose_layout, forecast
 from foxdist.bench import gates as gate_kinds
 from foxdist.bench import layouts
+from foxdist.bench.attention import check_gates
 from foxdist.bench.gates import Gates
 from foxdist.bench.measure import Shape
 from foxdist.bench.report import save, table
@@ -98,17 +99,14 @@ def simulate(chosen: argparse.Namespace) -> dict[str, Any]:
     gates = gate_kinds.find(chosen.gates)
     starts = boundaries(config, gates, chosen)
     rows, left_out = [], []
+
+    def over(cp: int) -> Config:
+        return configuration.load(chosen.config, [*chosen.overrides, f"parallel.cp={cp}"])
+
     for world in chosen.worlds:
         for cp in (n for n in chosen.cp or _powers(world) if world % n == 0):
             try:
-                rows.append(
-                    row(
-                        configuration.load(chosen.config, [*chosen.overrides, f"parallel.cp={cp}"]),
-                        world,
-                        starts,
-                        chosen,
-                    )
-                )
+                rows.append(row(over(cp), world, starts, chosen))
             except ConfigError as error:
                 left_out.append(f"{world} GPUs, cp {cp}: {str(error).partition(';')[0]}")
     if not rows:
@@ -123,10 +121,14 @@ def simulate(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def boundaries(config: Config, gates: Gates, chosen: argparse.Namespace) -> list[np.ndarray]:
-    """[1, H, N] for each layer that the gates tell apart: the first block that each query block keeps."""
+    """[1, H, N] for each layer that the gates tell apart: the first block that each query block keeps.
+
+    Raises `ValueError` for gates that were recorded of another model, or of shorter sequences.
+    """
     model = config.model
     asked = argparse.Namespace(no_acp=not config.acp.enabled, bound=config.acp.bound, **vars(chosen))
     shape = Shape(model.heads, model.groups, model.head_dim)
+    check_gates(gates, [shape], [config.data.sequence_length])
     return [layouts.find_start(gates, shape, config.data.sequence_length, i, asked) for i in range(gates.layers)]
 
 
@@ -184,8 +186,9 @@ def _attention(starts: list[np.ndarray], config: Config, machine: Machine) -> tu
     model, cp = config.model, config.parallel.cp
     if cp == 1:
         return statistics.mean(alone(start, model.head_dim, machine)[1] for start in starts), 0.0
-    layout = "zigzag" if config.parallel.layout == "auto" else config.parallel.layout
-    schedule = config.parallel.schedule
+    layout, schedule = config.parallel.layout, config.parallel.schedule
+    if layout == "auto":
+        layout, _ = choose_layout(config.data.sequence_length, cp, model.heads, model.groups, cp <= machine.host)
     found = [forecast(s, model.groups, model.head_dim, 2, cp, layout, machine, schedule) for s in starts]
     both, exposed = (statistics.mean(values) for values in zip(*((f.both, f.exposed) for f in found)))
     return both - exposed, exposed

@@ -7,6 +7,8 @@ from functools import lru_cache
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from foxdist import config as configuration
 from foxdist import simulate
@@ -127,9 +129,13 @@ def test_pruning_is_what_makes_the_difference(capsys):
         (["train.precision=fp32"], "train.precision=fp32, train.compile=true: were not measured"),
         (["--worlds", "3", "--cp", "2"], "--worlds, --cp: nothing fits"),
         (["--worlds", "64", "--cp", "1"], "64 GPUs, cp 1: train.tokens_per_step=524288: does not divide"),
+        (["--gates", "{recorded}"], "of 2 heads; must be as many"),
         (["--gates", "nowhere"], "nowhere: neither a file nor one of acp"),
     ],
 )
-def test_mistakes_are_named(words, said, capsys):
+def test_mistakes_are_named(words, said, tmp_path, capsys):
+    recorded = tmp_path / "gates.safetensors"
+    save_file({"log_f": torch.full((1, 512, 2), -0.1)}, recorded)
+    words = [word.format(recorded=recorded) for word in words]
     assert simulate.main(["--config", "configs/fox_pro_760m_64k.yaml", *words]) == 2
     assert said in capsys.readouterr().err
