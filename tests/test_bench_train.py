@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import psutil
 import pytest
@@ -404,6 +405,19 @@ def test_ranks_that_hang_are_given_up(no_launcher, capfd):
         assert call(one_fails, None)[0] == 0
     finally:
         call.stop()
+
+
+def test_one_rank_alone(tmp_path):
+    """The script that trains as a rank of many does: README's numbers of eight GPUs, of which there was one."""
+    values = tree(tmp_path, tmp_path / "run")
+    words = ["--models", write_yaml(tmp_path, values), "--lengths", "2048", "--cp", "4", "2", "--ranks", "4"]
+    words += ["--acp", "on", "--warmup", "1", "--steps", "1", "--gates", "initial"]
+    script = Path(__file__).with_name("one_rank_training.py")
+    done = complete([sys.executable, script, *words])
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "tokens, dp" in line]
+    assert [re.search(r"dp (\d) x cp (\d)", line).groups() for line in said] == [("1", "4"), ("2", "2")]
+    assert all(re.search(r": [\d,]+ tokens/s, steps of \[[\d.]+\] ms, [\d.]+ % of the tiles, ", line) for line in said)
 
 
 def test_ranks_end_with_the_process_that_asks(tmp_path):
