@@ -63,8 +63,8 @@ def alone(world):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_options(parser)
-    words = overrides_first(["", *(sys.argv[1:] if words is None else words)])[1:]
-    chosen = parser.parse_args([*words, "parallel.transport=peer"])
+    words = ["", *(sys.argv[1:] if words is None else words), "parallel.transport=peer"]
+    chosen = parser.parse_args(overrides_first(words)[1:])
     assert 3 not in chosen.zero, __doc__
     world, gpu = chosen.ranks or max(chosen.cp), torch.cuda.is_available()
     rank = world // 2
