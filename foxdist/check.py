@@ -24,7 +24,7 @@ KEPT_BYTES = {
 }
 # Bytes a token and hidden dimension beside what blocks keep, while the backward of a compiled one runs in bf16:
 # gradients on their way, and over ranks attention's float32 sums; (one rank a sequence, several), by activation
-# checkpointing. Fitted, with the head, to 18 peaks of README's tables of training; all 25 of ZeRO-1 are within
+# checkpointing. Fitted, with the head, to 18 peaks of README's tables of training; all 30 of ZeRO-1 are within
 # 2 %, the 7 of ZeRO-3 within 2.3.
 UNDER_WAY = {False: (24, 30), True: (12, 23)}
 ON_DEVICE = 2  # blocks, of those whose activations wait on the host; see foxdist/offload.py

@@ -38,9 +38,8 @@ def alone(world):
     def gathered(cp, x, what):
         return x.expand(cp.size, *x.shape).contiguous()
 
-    def all_gather(every, mine, *_, **__):
-        for x in every:
-            x.copy_(mine)
+    def nothing(*_, **__):
+        """Parameters that others would have changed stay as they are."""
 
     def all_gather_object(every, mine, *_, **__):
         every[:] = [mine] * len(every)
@@ -52,7 +51,8 @@ def alone(world):
         (peer, "Symmetric", Alias),
         (peer, "check_reachable", lambda *_: None),
         (exchange, "check_reachable", lambda *_: None),
-        (dist, "all_gather", all_gather),
+        (dist, "all_gather", nothing),
+        (dist, "all_gather_into_tensor", nothing),
         (dist, "all_gather_object", all_gather_object),
         (dist, "broadcast_object_list", lambda *_, **__: None),
     ):

@@ -80,6 +80,11 @@ def test_steps_take_what_they_took():
     assert math.sqrt((off**2).mean()) < 0.036
 
 
+def test_one_rank_of_eight_takes_what_it_took():
+    """Alone, without links (tests/one_rank_training.py): no number was fitted to it."""
+    assert 26554 / predicted("760m", 262144, 8, 8, True, 1, 524288, acp=True) == pytest.approx(1, abs=0.03)
+
+
 def test_the_command(tmp_path, capsys):
     words = ["--config", "configs/fox_pro_760m_64k.yaml", "--worlds", "4", "16", "--output", str(tmp_path)]
     assert simulate.main([*words, "train.tokens_per_step=1048576"]) == 0
