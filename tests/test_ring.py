@@ -173,7 +173,7 @@ def test_torch_tiles_go_with_copies_in_kernels(ranks, transport):
 def attend_first_without_training(rank, size, transport):
     """A validation under inference_mode before the first step, which makes the buffers."""
     messages._buffers.clear()
-    peer._memory.cache_clear()
+    peer.let_go()
     tensors, _ = whole("mild", 1)
     cp = ContextParallel(dist.group.WORLD, "contiguous", "ring", transport=transport)
     with torch.inference_mode():
@@ -394,7 +394,7 @@ def test_barriers_keep_ranks_from_reading_too_early_and_writing_too_soon(ranks, 
 def most_pages(rank, size, schedule, transport):
     """The pages of K/V that this rank has room for at once beside its own, and how many those are."""
     messages._buffers.clear()
-    peer._memory.cache_clear()
+    peer.let_go()
     attend(rank, size, ("open", 4), "contiguous", schedule, None, True, transport)
     if transport == "peer":
         (memory,) = [x for x in gc.get_objects() if isinstance(x, peer._Memory) and len(x.shelves[0]) == size]
