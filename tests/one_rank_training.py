@@ -32,7 +32,7 @@ class Alias(Memory):
         self.parts = self.parts[:1] * len(self.parts)
 
 
-def alone(world):
+def alone():
     """Everything that asks other ranks for something, answered by this one."""
 
     def gathered(cp, x, what):
@@ -75,7 +75,7 @@ def main(words=None):
     for cp in chosen.cp:
         first = rank // cp * cp
         cells._meshes[cp] = Mesh(rank, world, 0, cp, device, dist.new_group(range(first, first + cp)))
-    with alone(world):
+    with alone():
         for point in train._points(chosen):
             for length in train._lengths(point, chosen):
                 found = cells.measure(train._cell(point, length, world, chosen))
