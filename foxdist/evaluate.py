@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from foxdist import checkpoint, run_folder
 from foxdist import config as configuration
 from foxdist.config import Config
 from foxdist.data.folder import Prepared, open_folder
-from foxdist.data.loader import Batch, one_sequence, shifted
+from foxdist.data.loader import Batch, make_batch, one_sequence
 from foxdist.export import rebuild
 from foxdist.loss import IGNORE, token_losses
 from foxdist.model import FoX
@@ -85,15 +86,11 @@ def evaluate(chosen: argparse.Namespace) -> dict[str, Any]:
     places = np.linspace(0, prepared.sequences - 1, min(chosen.sequences, prepared.sequences)).astype(int)
     batches = [one_sequence(data, prepared, int(i)) for i in places]
     console, rng = Console(stderr=True), np.random.default_rng(chosen.seed)
-
-    def of_model(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return losses_of(model, batch)
-
-    losses = [of_model(b)[0] for b in track(batches, "loss by position", console=console, transient=True)]
+    losses = [losses_of(model, b)[0] for b in track(batches, "loss by position", console=console, transient=True)]
     texts = [b.labels[0][b.labels[0] != IGNORE].numpy() for b in batches]
     points = [(length, depth) for length in lengths for depth in DEPTHS]
     found = [
-        needle(of_model, texts, prepared.end, length, depth, chosen.repeats, rng)
+        needle(partial(losses_of, model), texts, prepared.end, length, depth, chosen.repeats, rng)
         for length, depth in track(points, "needle", console=console, transient=True)
     ]
     return {
@@ -179,8 +176,8 @@ def needle(
     found = []
     for _ in range(repeats):
         tokens, first = hide(long_enough[rng.integers(len(long_enough))], end, length, depth, rng)
-        row = shifted(tokens, np.zeros(1, np.int32), length, end)
-        loss, right = losses(Batch(**{name: torch.from_numpy(x)[None] for name, x in row.items()}))
+        sample = {"tokens": tokens, "starts": np.zeros(1, np.int32), "used": length}
+        loss, right = losses(make_batch([sample], end))
         before, again = (slice(at, at + SECRET) for at in (first, length - SECRET))
         found.append((float(right[again].float().mean()), float((loss[before] - loss[again]).mean())))
     return Found(*map(float, np.mean(found, 0)))
@@ -213,15 +210,18 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{row['from']:>14,} to {row['to']:<12,} {row['tokens']:>10,} {row['loss']:>8.4f}")
     lines += ["", "needle: tokens of the secret that come back, and by how many nats a token it became likelier"]
     lines.append(f"{'tokens':>14} " + " ".join(f"{f'depth {100 * depth:.0f} %':>16}" for depth in DEPTHS))
-    for length in dict.fromkeys(row["tokens"] for row in result["needle"]):
-        cells = [f"{row['right(%)']:.0f} %, {row['gain(nats)']:+.2f}" for row in of_length(result, length)]
+    for length, rows in by_length(result).items():
+        cells = [f"{row['right(%)']:.0f} %, {row['gain(nats)']:+.2f}" for row in rows]
         lines.append(f"{length:>14,} " + " ".join(f"{cell:>16}" for cell in cells))
     return "\n".join([*lines, ""])
 
 
-def of_length(result: dict[str, Any], length: int) -> list[dict[str, Any]]:
-    """Rows of the needle's table."""
-    return [row for row in result["needle"] if row["tokens"] == length]
+def by_length(result: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    """What was found of needles in texts of each length, by depth."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in result["needle"]:
+        found.setdefault(row["tokens"], []).append(row)
+    return found
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -242,10 +242,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _draw_needle(
     figure: Any, axes: Axes, result: dict[str, Any], name: str, title: str, limits: tuple[float, float]
 ) -> None:
-    lengths = list(dict.fromkeys(row["tokens"] for row in result["needle"]))
-    grid = np.array([[row[name] for row in of_length(result, length)] for length in lengths]).T
+    found = by_length(result)
+    grid = np.array([[row[name] for row in rows] for rows in found.values()]).T
     image = axes.imshow(grid, aspect="auto", vmin=limits[0], vmax=limits[1], cmap="RdYlGn")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_xticks(range(len(found)), [f"{length:,}" for length in found])
     axes.set_yticks(range(len(DEPTHS)), [f"{100 * depth:.0f} %" for depth in DEPTHS])
     axes.set(title=title, xlabel="tokens", ylabel="depth")
     figure.colorbar(image, ax=axes)

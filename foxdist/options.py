@@ -19,9 +19,9 @@ def positive(text: str) -> int:
 
 
 def overrides_first(arguments: list[str]) -> list[str]:
-    """A command, then every `section.key=value`, then the rest: options of many values would take those for theirs."""
-    overrides = [text for text in arguments[1:] if re.match(r"[a-z_]+\.[a-z_]+=", text)]
-    return arguments[:1] + overrides + [text for text in arguments[1:] if text not in overrides]
+    """Every `section.key=value`, then the rest: options of many values would take those for theirs."""
+    overrides = [text for text in arguments if re.match(r"[a-z_]+\.[a-z_]+=", text)]
+    return overrides + [text for text in arguments if text not in overrides]
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

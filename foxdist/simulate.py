@@ -167,10 +167,9 @@ def step(config: Config, world: int, starts: list[np.ndarray], chosen: argparse.
     blocks *= RECOMPUTED if train.activation_checkpointing else 1
     parameters, others = parameter_count(model), (world - 1) / world
     link = machine.inside if world <= machine.host else machine.across
-    gather = parameters * A_GATHER * others / link * accumulated if config.parallel.zero == 3 else 0.0
     small = layers * OVER_RANKS if cp > 1 else 0.0
     if config.parallel.zero == 3:
-        small += max(layers * GATHERED, gather)
+        small += max(layers * GATHERED, accumulated * parameters * A_GATHER * others / link)
     return Step(
         attention=tiles * model.layers * sequences,
         exposed=pages * model.layers * sequences,
@@ -269,7 +268,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     layouts.add_options(parser)
     parser.set_defaults(link=LINK, latency=LATENCY)
     add("--output", type=Path, metavar="DIR", help="also write table.md, simulate.json and .png there")
-    return parser.parse_args(overrides_first(["", *arguments])[1:])
+    return parser.parse_args(overrides_first(arguments))
 
 
 if __name__ == "__main__":

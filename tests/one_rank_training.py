@@ -28,8 +28,8 @@ class Alias(Memory):
     """All ranks' memory is the same: a rank takes no more of the GPU than it does among others."""
 
     def __init__(self, group, size, device):
-        super().__init__(group, size, device)
-        self.parts = self.parts[:1] * len(self.parts)
+        super().__init__(group, 0, device)
+        self.parts = [torch.zeros(size, dtype=torch.uint8, device=device)] * len(self.parts)
 
 
 def alone():
@@ -63,8 +63,8 @@ def alone():
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_options(parser)
-    words = ["", *(sys.argv[1:] if words is None else words), "parallel.transport=peer"]
-    chosen = parser.parse_args(overrides_first(words)[1:])
+    words = [*(sys.argv[1:] if words is None else words), "parallel.transport=peer"]
+    chosen = parser.parse_args(overrides_first(words))
     assert 3 not in chosen.zero, __doc__
     world, gpu = chosen.ranks or max(chosen.cp), torch.cuda.is_available()
     rank = world // 2

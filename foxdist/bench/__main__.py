@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text)
         module.add_options(command)
         command.set_defaults(run=module.run)
-    chosen = parser.parse_args(overrides_first(sys.argv[1:] if arguments is None else arguments))
+    words = sys.argv[1:] if arguments is None else arguments
+    chosen = parser.parse_args(words[:1] + overrides_first(words[1:]))
     try:
         return chosen.run(chosen)
     except ValueError as error:

@@ -20,7 +20,7 @@ from foxdist.before_start import check_machine
 from foxdist.bench.gates import REGIMES
 from foxdist.bench.measure import let_go_of_memory, slowest
 from foxdist.config import Config
-from foxdist.data.loader import Batch, shifted
+from foxdist.data.loader import Batch, make_batch
 from foxdist.mesh import Mesh
 from foxdist.model import FoX
 from foxdist.train import Trainer, collect, make_model, make_trainer, settle, train_step
@@ -139,15 +139,13 @@ def random_batches(trainer: Trainer, count: int) -> Iterator[Batch]:
     mine, length = config.train.micro_batch * trainer.accumulation, config.data.sequence_length
     first = mesh.rank // mesh.cp * mine
 
-    def sequence(number: int) -> dict[str, torch.Tensor]:
+    def sequence(number: int) -> dict[str, Any]:
         g = torch.Generator().manual_seed(number)
         tokens = torch.randint(config.model.vocab, (length,), generator=g)
-        row = shifted(tokens.numpy(), torch.zeros(1, dtype=torch.int64).numpy(), length, 0)
-        return {name: torch.from_numpy(x) for name, x in row.items()}
+        return {"tokens": tokens.numpy(), "starts": [0], "used": length}
 
     def batch(step: int) -> Batch:
-        rows = [sequence(step * mine * mesh.dp + first + i) for i in range(mine)]
-        return Batch(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        return make_batch([sequence(step * mine * mesh.dp + first + i) for i in range(mine)], 0)
 
     return iter([batch(step) for step in range(count)])
 

@@ -188,14 +188,15 @@ def _row(cp: ContextParallel, case: Case, gates: Gates, chosen: argparse.Namespa
             counts.append(_counts(cp, mine, chosen))
 
         def timed(call: Callable[[], Any]) -> list[float]:
-            return measure.milliseconds(launched(call), case.device, cp.group, chosen.seconds)
+            return measure.milliseconds(call, case.device, cp.group, chosen.seconds)
 
-        forward[seed % gates.layers] += timed(ready.forward)
-        both[seed % gates.layers] += timed(ready.both)
+        forward[seed % gates.layers] += timed(launched(ready.forward))
+        whole = launched(ready.both)
+        both[seed % gates.layers] += timed(whole)
         if seed == 0:
-            host = _most(measure.host_milliseconds(launched(ready.both), case.device), case.device, cp)
+            host = _most(measure.host_milliseconds(whole, case.device), case.device, cp)
         with without_pages():
-            silent[seed % gates.layers] += timed(ready.both)
+            silent[seed % gates.layers] += timed(launched(ready.both))
     row: Row = {key: statistics.mean(each[key] for each in counts) for key in counts[0]}
     alone = statistics.mean(map(statistics.median, silent))
     for name, samples in (("forward", forward), ("forward+backward", both)):

@@ -190,7 +190,12 @@ def one_sequence(path: Path, prepared: Prepared, index: int) -> Batch:
             f"data.path={path}: has no sequence {index}; must be 0 to {prepared.sequences - 1}; choose another"
         )
     dataset = _checking(import_streaming().LocalDataset)(local=str(path))
-    return Batch(**_collate([dataset[index]], prepared.end))
+    return make_batch([dataset[index]], prepared.end)
+
+
+def make_batch(samples: list[dict[str, Any]], end: int) -> Batch:
+    """Stored sequences as a batch. samples: `tokens`, `starts` and `used` of each, as for `shifted`."""
+    return Batch(**_collate(samples, end))
 
 
 def _checking(dataset: Any) -> Any:
